@@ -1,0 +1,61 @@
+# Every target sets itself up: a bare Python >= 3.11 is enough. Another interpreter: `make test PYTHON=python3.12`.
+# CPU-only torch on Linux: `PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+HALF := .venv/.half-built
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test slow lint format bench clean
+
+help:
+	@echo "make demo    fine-tune the shipped model, prune it by 30 %, save it, reload it (offline)"
+	@echo "make test    the test suite, without the slow tests"
+	@echo "make slow    the slow tests"
+	@echo "make lint    ruff, format check, mypy"
+	@echo "make format  let ruff mend what it can"
+	@echo "make bench   what pruning costs and what it brings, as ratios"
+	@echo "make clean   remove .venv and caches; runs/ and pruned/ stay"
+
+demo: $(READY)
+	@$(BIN)/python recipes/demo.py
+
+test: $(READY)
+	@$(BIN)/python -m pytest -q
+
+slow: $(READY)
+	@$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	@failed=0; \
+	$(BIN)/ruff check . || failed=1; \
+	$(BIN)/ruff format --check --output-format concise . || { echo "to be reformatted, see: make format"; failed=1; }; \
+	$(BIN)/mypy || failed=1; \
+	exit $$failed
+
+format: $(READY)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY)
+	@$(BIN)/python recipes/benchmark.py
+
+# An interrupted set-up leaves .venv/.half-built (pip may take a half-written package for an installed one) or an
+# environment without pip: both are built anew.
+$(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "lit_prune needs Python >= 3.11, $(PYTHON) is older or missing; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@if [ -e $(HALF) ] || ! $(PIP) --version >/dev/null 2>&1; then \
+		echo "setting up .venv (once; about 1.5 GB, some minutes)"; $(PYTHON) -m venv --clear .venv; \
+	else echo "bringing .venv up to date"; fi
+	@rm -f $(READY) && touch $(HALF)
+	@$(PIP) install -qq -c .ci/constraints.txt -e ".[dev]"
+	@rm -f $(HALF) && touch $(READY)
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	find lit_prune tests recipes -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,157 @@
+"""What a calibration is worth keeping: enough to plan again without a forward pass."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from lit_prune.calibration.bypass import Unit
+from lit_prune.calibration.rows import Row, RowSet
+from lit_prune.errors import ArtifactError, CalibrationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lit_prune.calibration.observer import Probed
+    from lit_prune.calibration.replay import Replayed
+
+_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Statistics of one model over one set of samples, and the samples.
+
+    Attributes:
+        model_fingerprint: Architecture that the statistics belong to.
+        rows: The distinct samples, split by content.
+        units: Mean and variance of the input of every output projection over the calibrate side, by
+            ``(layer, kind)``, ``[width]`` each, float64.
+        full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a replay.
+        bypassed: The same with each block, attention and MLP bypassed.
+        source: Where ``units`` come from: ``validation loop`` or ``replay``.
+        notes: What the report says about the text, in words.
+    """
+
+    model_fingerprint: str
+    rows: RowSet
+    units: dict[Probed, tuple[Tensor, Tensor]]
+    full: Tensor | None = None
+    bypassed: dict[Unit, Tensor] | None = None
+    source: str = "validation loop"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens behind the statistics."""
+        return self.rows.num_tokens("calibrate")
+
+    @property
+    def data_digest(self) -> str:
+        """Sha256 over the digests of the samples: which text it was, in no order."""
+        return hashlib.sha256("".join(sorted(r.digest for r in self.rows.rows)).encode()).hexdigest()
+
+    def with_replay(self, replayed: Replayed) -> Self:
+        """Return this calibration with what a replay measured."""
+        bypassed = replayed.bypassed or None
+        return replace(self, units=replayed.units, full=replayed.full, bypassed=bypassed, source="replay")
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report and a model card state about the calibration text."""
+        lengths = [len(row.ids) for row in self.rows.rows]
+        return {
+            "samples": len(lengths),
+            "tokens": {side: self.rows.num_tokens(side) for side in ("calibrate", "choose", "score")},
+            "longest_sample": max(lengths, default=0),
+            "data_digest": self.data_digest,
+            "split": self.rows.describe_split(),
+            "statistics_from": self.source,
+            "notes": list(self.notes),
+        }
+
+    def require(self, minimum: int) -> None:
+        """Refuse too little text.
+
+        Raises:
+            CalibrationError: If the calibrate side has fewer than ``minimum`` real tokens.
+        """
+        if self.num_tokens < max(minimum, 2):
+            raise CalibrationError(
+                f"{self.num_tokens} real tokens in {len(self.rows.side('calibrate'))} samples to calibrate on, "
+                f"expected at least {max(minimum, 2)} (min_calibration_tokens). Give more validation text."
+            )
+
+    def save(self, path: Path) -> None:
+        """Write ``calibration.safetensors``: statistics and token ids, no pickle."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {
+            "rows.ids": torch.cat([row.ids for row in self.rows.rows]),
+            "rows.scored": torch.cat([row.scored for row in self.rows.rows]),
+            "rows.lengths": torch.tensor([len(row.ids) for row in self.rows.rows]),
+        }
+        for (layer, kind), (mean, variance) in self.units.items():
+            tensors[f"units.{layer}.{kind}.mean"] = mean
+            tensors[f"units.{layer}.{kind}.variance"] = variance
+        if self.full is not None:
+            tensors["state.full"] = self.full
+        for unit, state in (self.bypassed or {}).items():
+            tensors[f"state.{unit.layer}.{unit.kind}"] = state
+        header = {
+            "schema_version": _SCHEMA,
+            "model_fingerprint": self.model_fingerprint,
+            "source": self.source,
+            "notes": list(self.notes),
+        }
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        beside = path.with_name(f".{path.name}.tmp")
+        save_file(whole, beside, metadata={"lit_prune": json.dumps(header, allow_nan=False)})
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: If the file is not a calibration of a version that is known here.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["lit_prune"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
+            raise ArtifactError(f"{path} is not a calibration of lit_prune: {error!r}.") from error
+        if header.get("schema_version") != _SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema_version {header.get('schema_version')}, expected {_SCHEMA}. Calibrate again."
+            )
+        lengths = tensors["rows.lengths"].tolist()
+        rows = [
+            Row.of(ids, scored)
+            for ids, scored in zip(
+                tensors["rows.ids"].split(lengths), tensors["rows.scored"].split(lengths), strict=True
+            )
+        ]
+        units, bypassed = {}, {}
+        for name, tensor in tensors.items():
+            match name.split("."):
+                case ["units", layer, kind, "mean"]:
+                    units[int(layer), kind] = (tensor, tensors[f"units.{layer}.{kind}.variance"])
+                case ["state", layer, kind]:
+                    bypassed[Unit(int(layer), kind)] = tensor  # type: ignore[arg-type]
+        return cls(
+            model_fingerprint=header["model_fingerprint"],
+            rows=RowSet.of(rows),
+            units=dict(sorted(units.items())),  # type: ignore[arg-type]
+            full=tensors.get("state.full"),
+            bypassed=dict(sorted(bypassed.items())) or None,
+            source=header["source"],
+            notes=tuple(header["notes"]),
+        )

@@ -1,0 +1,88 @@
+"""Streaming covariance of a hidden state, for the joint Gaussian entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_prune.calibration.moments import _BLOCK_ELEMENTS
+from lit_prune.errors import CalibrationError
+
+Moments = tuple[Tensor, Tensor, Tensor]
+
+
+class ChannelCovariance(Metric):
+    """Count, mean and covariance of channels over the tokens that it was shown.
+
+    Args:
+        channels: Number of channels; memory is ``8 * channels ** 2`` bytes.
+
+    Example:
+        >>> covariance = ChannelCovariance(2)
+        >>> covariance.update(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+        >>> covariance.compute()
+        tensor([[1., 0.],
+                [0., 0.]], dtype=torch.float64)
+    """
+
+    full_state_update = False
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx=None)
+        self.add_state("mean", torch.zeros(channels, dtype=torch.float64), dist_reduce_fx=None)
+        self.add_state("m2", torch.zeros(channels, channels, dtype=torch.float64), dist_reduce_fx=None)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> ChannelCovariance:  # noqa: ARG002
+        """Keep float64, as `ChannelMoments` does."""
+        return self
+
+    def update(self, x: Tensor | Moments) -> None:
+        """Add activations ``[tokens, channels]``, or what `measure` returned for them."""
+        part = self.measure(x) if isinstance(x, Tensor) else x
+        if self.mean.device != part[1].device:
+            self.to(part[1].device)
+        self.count, self.mean, self.m2 = _merge((self.count, self.mean, self.m2), part)
+
+    def measure(self, x: Tensor) -> Moments:
+        """Return count, mean and centred second moments of a batch ``[tokens, channels]``, without adding them."""
+        channels = x.shape[-1]
+        zero = torch.zeros(channels, dtype=torch.float64, device=x.device)
+        whole: Moments = (torch.zeros((), dtype=torch.int64, device=x.device), zero, torch.outer(zero, zero))
+        for block in x.split(max(1, _BLOCK_ELEMENTS // channels)):
+            mean = block.double().mean(0)
+            centred = block.double() - mean
+            whole = _merge(whole, (whole[0].new_tensor(len(block)), mean, centred.T @ centred))
+        return whole
+
+    def compute(self) -> Tensor:
+        """Return the population covariance, ``[channels, channels]``. Call on every rank: it synchronises.
+
+        Raises:
+            CalibrationError: If no token was seen.
+        """
+        channels = self.mean.shape[-1]
+        parts = zip(
+            self.count.reshape(-1),
+            self.mean.reshape(-1, channels),
+            self.m2.reshape(-1, channels, channels),
+            strict=True,
+        )
+        whole = next(parts)
+        for part in parts:
+            whole = _merge(whole, part)
+        if whole[0] == 0:
+            raise CalibrationError("no token reached the covariance. Is the calibration loader empty?")
+        return whole[2] / whole[0]
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    count = a[0] + b[0]
+    weight = b[0].double() / count.clamp_min(1)
+    delta = b[1] - a[1]
+    mean = a[1] + weight * delta
+    return count, mean, a[2] + b[2] + a[0].double() * weight * torch.outer(delta, delta)

@@ -1,0 +1,151 @@
+"""Observing a user's own forwards: token ids, masks and cheap moments, without touching anything."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.calibration.inputs import real_tokens
+from lit_prune.calibration.moments import ChannelMoments
+from lit_prune.calibration.rows import Row
+from lit_prune.calibration.split import side_of
+from lit_prune.decoder import KINDS, DecoderParts, SubBlockKind
+from lit_prune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
+
+Probed = tuple[int, SubBlockKind]
+
+
+class Observer:
+    """Hooks on one language model that remember what passes through it.
+
+    Token ids, mask and labels are taken from the language model's own forward arguments, so any batch type of the
+    user's works. Forwards with a KV cache (a ``generate`` inside ``validation_step``) are passed over. Repeated
+    samples count once. Only real tokens of samples on the *calibrate* side feed the moments.
+
+    Args:
+        model: The language model.
+        max_tokens: Stop observing after the batch that reaches this many real tokens.
+
+    Attributes:
+        rows: Distinct samples seen, in order of arrival.
+        moments: Moments of the inputs of every output projection.
+        num_batches: Forwards observed.
+        notes: What the report should say about the text, each once.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, max_tokens: int) -> None:
+        self.model = model
+        self.max_tokens = max_tokens
+        self.rows: dict[str, Row] = {}
+        self.moments: dict[Probed, ChannelMoments] = {}
+        self.num_batches = 0
+        self.num_tokens = 0
+        self.notes: list[str] = []
+        self._handles: list[RemovableHandle] = []
+        self._selected: Tensor | None = None  # [batch, tokens], bool, while a forward is being observed
+        self._arriving: dict[str, Row] = {}
+        self._pending: dict[Probed, tuple[int, Tensor, Tensor]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks are attached."""
+        return bool(self._handles)
+
+    def open(self) -> None:
+        """Attach the hooks. Close or discard the observer before the model is changed."""
+        parts = DecoderParts(self.model)
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+            for layer in range(len(parts.layers)):
+                for kind in KINDS:
+                    if parts.exists(layer, kind):
+                        linear, name = parts.output(layer, kind), parts.output_name(layer, kind)
+                        self.moments[layer, kind] = ChannelMoments(linear.in_features, name)
+                        probe = partial(self._probe, (layer, kind))
+                        self._handles.append(linear.register_forward_pre_hook(probe))
+            self._handles.append(self.model.register_forward_hook(self._after))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Detach the hooks; what was seen stays. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._selected = None
+
+    def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._selected, self._pending, self._arriving = None, {}, {}
+        if kwargs.get("past_key_values") is not None or self.num_tokens >= self.max_tokens:
+            return
+        inputs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
+        place = f"forward {self.num_batches}"
+        batch = real_tokens(inputs, self.model.config, place)
+        if batch.note and batch.note not in self.notes:
+            self.notes.append(batch.note)
+        selected = torch.zeros_like(batch.mask)
+        for i, keep in enumerate(batch.mask):
+            if not bool(keep.any()):
+                continue
+            row = Row.of(batch.ids[i][keep], None if batch.scored is None else batch.scored[i][keep])
+            if row.digest not in self.rows and row.digest not in self._arriving:
+                self._arriving[row.digest] = row
+                selected[i] = keep & (side_of(row.digest) == "calibrate")
+        self._selected = selected
+
+    def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self._selected is None:
+            return
+        x = args[0].detach()
+        name = self.moments[probed].name
+        if probed in self._pending or x.shape[:-1] != self._selected.shape:
+            raise CalibrationError(
+                f"{name} saw {2 if probed in self._pending else 1} call(s) of {list(x.shape[:-1])} tokens in forward "
+                f"{self.num_batches}, expected 1 of {list(self._selected.shape)}. Is its module used twice, or "
+                "recomputed by gradient checkpointing in train mode?"
+            )
+        part = self.moments[probed].measure(x[self._selected.to(x.device)])
+        if not bool(torch.isfinite(part[2]).all()):
+            raise CalibrationError(describe_non_finite(x, name, f"forward {self.num_batches}", self.model))
+        self._pending[probed] = part
+
+    def _after(self, _model: nn.Module, _args: object, _output: object) -> None:
+        if self._selected is None:
+            return
+        self._selected = None
+        if missing := sorted(set(self.moments) - set(self._pending)):
+            raise CalibrationError(
+                f"{self.moments[missing[0]].name} saw 0 tokens in forward {self.num_batches}, expected "
+                f"{sum(len(r.ids) for r in self._arriving.values())} ({len(missing)} of {len(self.moments)} probes "
+                "silent). A compiled model, a fused kernel or a bypassed layer hides its modules from hooks: validate "
+                "the plain model."
+            )
+        for probed, part in self._pending.items():
+            self.moments[probed].update(part)
+        self.rows.update(self._arriving)
+        self.num_tokens += sum(len(row.ids) for row in self._arriving.values())
+        self.num_batches += 1
+
+
+def describe_non_finite(x: Tensor, name: str, place: str, model: nn.Module) -> str:
+    """Say where activations ``[..., channels]`` are NaN or infinite, and what to do."""
+    bad = ~torch.isfinite(x)
+    first = tuple(int(i) for i in bad.nonzero()[0]) if bool(bad.any()) else ()
+    broken = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    remedy = (
+        f"The weight {broken} is itself not finite: load the checkpoint again."
+        if broken
+        else "float16 overflows above 65504: calibrate in bfloat16 or float32 (Trainer(precision='bf16-true'))."
+    )
+    return (
+        f"activations at {name} are not finite: {int(bad.sum())} of {x.numel()} values in {place}, first at {first}. "
+        f"The batch was not added. {remedy}"
+    )

@@ -1,0 +1,156 @@
+"""Replaying the kept token ids, once, after the last optimizer step: unit moments and every bypass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lit_prune.calibration.bypass import RecordedRun, Unit
+from lit_prune.calibration.covariance import ChannelCovariance
+from lit_prune.calibration.moments import ChannelMoments
+from lit_prune.calibration.observer import Probed, describe_non_finite
+from lit_prune.decoder import KINDS, DecoderParts, quiet
+from lit_prune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration.rows import RowSet
+
+TransferTarget = Literal["after_norm", "before_norm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replay measured over the calibrate side, float64 on the CPU.
+
+    Attributes:
+        units: Mean and variance of the input of every output projection, by ``(layer, kind)``, ``[width]`` each.
+        full: Variance ``[hidden_size]`` (or covariance) of the final hidden state of the whole model; None where no
+            bypass was asked for.
+        bypassed: The same with each unit bypassed.
+    """
+
+    units: dict[Probed, tuple[Tensor, Tensor]]
+    full: Tensor | None
+    bypassed: dict[Unit, Tensor]
+
+
+def replay(
+    model: PreTrainedModel,
+    rows: RowSet,
+    bypass: Sequence[Unit] = (),
+    *,
+    target: TransferTarget = "after_norm",
+    joint: bool = False,
+    max_tokens: int = 8192,
+    progress: bool = False,
+) -> Replayed:
+    """Run the calibrate side once, and from each batch's hidden states every bypass.
+
+    The batches are made from the distinct rows in canonical order: the result is bit-identical whatever the order,
+    padding or batch size in which the rows arrived.
+
+    Args:
+        model: The language model, on the device where it shall run. It is left as it was.
+        rows: The calibration text.
+        bypass: Units to bypass, one after the other; each costs about half a forward.
+        target: Where the final hidden state is read: after the final norm (what feeds the head) or before it.
+        joint: Keep covariances of the final hidden state instead of variances (``8 * hidden_size ** 2`` bytes for
+            each bypass).
+        max_tokens: Tokens of one forward.
+        progress: Show a bar (only on a terminal).
+
+    Raises:
+        CalibrationError: If an activation is not finite, or memory runs out.
+    """
+    parts = DecoderParts(model)
+    device = next(model.parameters()).device
+    hidden_size = model.get_input_embeddings().weight.shape[1]
+    states: dict[Unit | None, ChannelMoments | ChannelCovariance] = {
+        unit: ChannelCovariance(hidden_size) if joint else ChannelMoments(hidden_size, str(unit or "the final state"))
+        for unit in (None, *bypass)
+    }
+    moments: dict[Probed, ChannelMoments] = {}
+    bar = tqdm(
+        total=rows.num_batches("calibrate", max_tokens) * (1 + len(bypass)),
+        desc="Calibrating (replay)",
+        unit="forward",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with quiet(model), bar:
+        for number, batch in enumerate(rows.batches("calibrate", max_tokens)):
+            mask = batch.attention_mask.to(device)
+            try:
+                with _UnitProbes(parts, mask, f"replayed batch {number}") as probes:
+                    run = RecordedRun(parts, batch.model_inputs(device))
+                bar.update()
+                # merged below, after the whole batch, so that a failure adds none of it
+                found = {}
+                for unit in states if bypass else ():
+                    hidden = run.output if unit is None else run.without(unit)
+                    final = _final(parts, hidden, mask, target)
+                    metric = states[unit]
+                    found[unit] = metric.measure(final)
+                    bar.update(unit is not None)
+            except torch.OutOfMemoryError as error:
+                raise CalibrationError(
+                    f"out of memory in replayed batch {number} ({list(mask.shape)} rows x tokens): {error}. Lower "
+                    "replay_batch_tokens (now " + str(max_tokens) + ") or max_calibration_tokens. The model is "
+                    "unchanged, finished batches are kept."
+                ) from error
+            for probed, part in probes.measured.items():
+                moments.setdefault(probed, ChannelMoments(part[1].numel())).update(part)
+            for unit, part in found.items():
+                states[unit].update(part)
+    return Replayed(
+        {probed: tuple(x.cpu() for x in moments[probed].compute()) for probed in sorted(moments)},  # type: ignore[misc]
+        _state(states[None]) if bypass else None,
+        {unit: _state(states[unit]) for unit in bypass},
+    )
+
+
+class _UnitProbes:
+    """Moments of the inputs of every output projection, for the one forward inside the ``with``."""
+
+    def __init__(self, parts: DecoderParts, mask: Tensor, place: str) -> None:
+        self.measured: dict[Probed, tuple[int, Tensor, Tensor]] = {}
+        self._parts, self._mask, self._place = parts, mask, place
+
+    def __enter__(self) -> _UnitProbes:
+        self._handles = [
+            self._parts.output(layer, kind).register_forward_pre_hook(partial(self._probe, (layer, kind)))
+            for layer in range(len(self._parts.layers))
+            for kind in KINDS
+            if self._parts.exists(layer, kind)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        part = ChannelMoments(x.shape[-1]).measure(x[self._mask])
+        if not bool(torch.isfinite(part[2]).all()):
+            name = self._parts.output_name(*probed)
+            raise CalibrationError(describe_non_finite(x, name, self._place, self._parts.model))
+        self.measured[probed] = part
+
+
+def _final(parts: DecoderParts, hidden: Tensor, mask: Tensor, target: TransferTarget) -> Tensor:
+    return (parts.final_norm(hidden) if target == "after_norm" else hidden)[mask]
+
+
+def _state(metric: ChannelMoments | ChannelCovariance) -> Tensor:
+    found = metric.compute()
+    return (found if isinstance(found, Tensor) else found[1]).cpu()

@@ -1,0 +1,184 @@
+"""One request, checked at construction: how much to prune, by which method, with which of its open choices."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from lit_prune.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Granularity = Literal["block", "sub_block", "kv_group", "channel"]
+# Requested and achieved pruning ratio differ by at most this, or it is an error.
+RATIO_TOLERANCE = 0.005
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningConfig:
+    """What to prune and how. Every field is JSON-able; an unknown one is refused.
+
+    The choices under "method" are those that the ICML 2025 paper's published text leaves open; the defaults are our
+    reconstruction, and each value is recorded in the plan.
+
+    Attributes:
+        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1). Embeddings and head do not count.
+        preset: Method: ``paper`` is our reconstruction of Yang et al., ICML 2025.
+        allocator: ``depth_first`` (the paper's search), ``greedy`` in its place, or ``uniform``: the same number of
+            units from every layer, no block removed, transfer entropy not needed.
+        granularities: What may be removed: whole ``block``, whole attention or MLP (``sub_block``), ``kv_group``,
+            ``channel``. What may go whole is also what transfer entropy is measured of.
+        protected_layers: Decoder layers that stay as they are, by index.
+        channel_multiple: Kept MLP channels are a multiple of this (or all). None: 64, less on small models where 64
+            channels are too coarse a step for the ratio; the plan records the value.
+        min_kv_groups: Least KV groups that an attention keeps (unless it is removed whole).
+        compensation: ``mean`` puts the mean output of what was cut into a bias; ``none`` does not.
+        language_model: Path of the causal language model inside the module; None finds the only one.
+
+        estimator: Method. Entropy of the final hidden state: ``logstd_sum``, ``std_sum`` or ``logdet``.
+        entropy_floor: Method. Added to a standard deviation before its logarithm.
+        transfer_target: Method. Where the final hidden state is read: ``after_norm`` or ``before_norm``.
+        ratio_map: Method. From transfer entropy to a ratio for each block: ``softmax``, ``inverse``, ``rank`` or
+            ``zscore``.
+        ratio_temperature: Method. Temperature of ``softmax``.
+        ratio_strength: Method. Slope of ``rank`` and ``zscore``.
+        num_clusters: Method. K of K-means. None: 3 up to a ratio of 0.35, 6 from 0.45, between them whichever of the
+            two is better on the choose text.
+        clustering: Method. ``kmeans`` (scikit-learn, fixed seed) or ``exact`` (one-dimensional dynamic programme).
+        kv_group_score: Method. ``sum`` or ``mean`` of the entropies of a KV group's channels.
+        cap_clusters: Method. A block loses never more units than its ratio allows; the search takes the shortfall.
+        stage_order: Method. ``fine_first``: clusters, then the search for what is left over; ``coarse_first``:
+            blocks whose ratio is nearly 1 go first, then clusters, then the search.
+        exact_hit: Method. How the last deviation from the ratio is closed: ``units`` (lowest-entropy channels of all
+            layers), ``cluster`` (the next cluster of a layer, then units).
+        removed_mean: Method. ``add`` the mean output of a whole removed sub-block as a constant, or ``drop`` it.
+        node_limit: Nodes that the depth-first search may visit.
+        seed: Seed of K-means.
+
+        max_calibration_tokens: Stop observing after this many real tokens (128 samples of 2048 in the paper).
+        min_calibration_tokens: Refuse to calibrate on fewer real tokens.
+        replay_batch_tokens: Tokens of one replayed forward: lower it when memory is short.
+        latency_prompt_tokens: Prompt of the latency measurement; 0 skips it.
+        latency_new_tokens: Tokens decoded in it.
+        latency_batch_size: Prompts decoded at once.
+
+    Raises:
+        ConfigError: If a value cannot be meant.
+
+    Example:
+        >>> PruningConfig(pruning_ratio=0.3).allocator
+        'depth_first'
+    """
+
+    pruning_ratio: float
+    preset: str = "paper"
+    allocator: Literal["depth_first", "greedy", "uniform"] = "depth_first"
+    granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
+    protected_layers: tuple[int, ...] = ()
+    channel_multiple: int | None = None
+    min_kv_groups: int = 1
+    compensation: Literal["mean", "none"] = "mean"
+    language_model: str | None = None
+
+    estimator: Literal["logstd_sum", "std_sum", "logdet"] = "logstd_sum"
+    entropy_floor: float = 1e-6
+    transfer_target: Literal["after_norm", "before_norm"] = "after_norm"
+    ratio_map: Literal["softmax", "inverse", "rank", "zscore"] = "softmax"
+    ratio_temperature: float = 1.0
+    ratio_strength: float = 0.5
+    num_clusters: int | None = None
+    clustering: Literal["kmeans", "exact"] = "kmeans"
+    kv_group_score: Literal["sum", "mean"] = "sum"
+    cap_clusters: bool = True
+    stage_order: Literal["fine_first", "coarse_first"] = "fine_first"
+    exact_hit: Literal["units", "cluster"] = "units"
+    removed_mean: Literal["add", "drop"] = "add"
+    node_limit: int = 1_000_000
+    seed: int = 0
+
+    max_calibration_tokens: int = 262_144
+    min_calibration_tokens: int = 128
+    replay_batch_tokens: int = 8192
+    latency_prompt_tokens: int = 128
+    latency_new_tokens: int = 16
+    latency_batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        _check_ratio(self.pruning_ratio)
+        for name in ("granularities", "protected_layers"):
+            value = getattr(self, name)
+            if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+                raise ConfigError(f"{name} must be a list, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        for field, hint in get_type_hints(type(self)).items():
+            value = getattr(self, field)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ConfigError(f"{field} must be one of {list(get_args(hint))}, got {value!r}.")
+        if unknown := [g for g in self.granularities if g not in get_args(Granularity)]:
+            raise ConfigError(
+                f"granularities has {unknown[0]!r}{did_you_mean(str(unknown[0]), get_args(Granularity))}; "
+                f"known are {list(get_args(Granularity))}."
+            )
+        if not self.granularities:
+            raise ConfigError("granularities is empty: nothing could be removed.")
+        for name in self.__dataclass_fields__:
+            if self.__dataclass_fields__[name].type in ("int", "int | None"):
+                self._check_integer(name)
+        if any(not _is_integer(layer) for layer in self.protected_layers):
+            raise ConfigError(f"protected_layers must be layer indices, got {list(self.protected_layers)}.")
+        for name in ("entropy_floor", "ratio_temperature"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}.")
+        if not self.ratio_strength >= 0:
+            raise ConfigError(f"ratio_strength must be at least 0, got {self.ratio_strength!r}.")
+
+    def _check_integer(self, name: str) -> None:
+        value = getattr(self, name)
+        least = {"num_clusters": 2, "seed": 0, "latency_prompt_tokens": 0}.get(name, 1)
+        if value is None and "None" in str(self.__dataclass_fields__[name].type):
+            return
+        if not _is_integer(value) or value < least:
+            raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able primitives."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make a config from keywords, refusing unknown ones by name.
+
+        Raises:
+            ConfigError: Names the unknown key and the nearest known one.
+
+        Example:
+            >>> PruningConfig.from_options({"pruning_ratio": 0.3, "presett": "paper"})
+            Traceback (most recent call last):
+            lit_prune.errors.ConfigError: unknown option 'presett'; did you mean 'preset'?
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(options) - known):
+            hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
+            raise ConfigError(f"unknown option {unknown[0]!r}{hint}")
+        if "pruning_ratio" not in options:
+            raise ConfigError("pruning_ratio is missing: the fraction of decoder parameters to remove, e.g. 0.3.")
+        return cls(**options)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_ratio(ratio: object) -> None:
+    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+    if number and 0.0 <= ratio < 1.0:  # type: ignore[operator] # also false for NaN
+        return
+    hint = "to keep 80 % of them, pass 0.2"
+    if number and 1.0 < ratio <= 100.0:  # type: ignore[operator]
+        hint = f"for {ratio:g} % pass {ratio / 100:g}"  # type: ignore[operator]
+    raise ConfigError(
+        f"pruning_ratio must be a number in [0, 1), got {ratio!r}. It is the fraction of decoder parameters that is "
+        f"removed: {hint}."
+    )

@@ -1,0 +1,33 @@
+"""A causal language model seen as prunable units."""
+
+from lit_prune.decoder.constant import ConstantOutput
+from lit_prune.decoder.describe import fingerprint, spec_for
+from lit_prune.decoder.families import FAMILIES, Family, family_of
+from lit_prune.decoder.locate import find_causal_lm
+from lit_prune.decoder.parts import DecoderParts
+from lit_prune.decoder.quiet import quiet
+from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
+from lit_prune.decoder.spec import KINDS, AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, SubBlockKind
+
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "LEADING",
+    "AttentionSpec",
+    "BlockSpec",
+    "ConstantOutput",
+    "DecoderParts",
+    "DecoderSpec",
+    "Family",
+    "MlpSpec",
+    "Remainder",
+    "SubBlock",
+    "SubBlockKind",
+    "all_kept",
+    "family_of",
+    "find_causal_lm",
+    "fingerprint",
+    "quiet",
+    "remainder",
+    "spec_for",
+]

@@ -1,0 +1,66 @@
+"""Finding the language model inside a user's module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lit_prune.decoder.families import FAMILIES, family_of
+from lit_prune.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedModel:
+    """Return the one Hugging Face causal language model that ``module`` holds (or is).
+
+    Args:
+        module: Any module, a LightningModule for instance.
+        name: Path of the language model inside ``module``, needed where there are several.
+
+    Raises:
+        ConfigError: If ``name`` does not exist, or there are several candidates and no ``name``.
+        UnsupportedModelError: If there is none.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> lm = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                                   num_attention_heads=1, vocab_size=8))
+        >>> find_causal_lm(nn.ModuleDict({"inside": lm})) is lm
+        True
+    """
+    from transformers import PreTrainedModel
+
+    if name is not None:
+        try:
+            found = module.get_submodule(name)
+        except AttributeError as error:
+            raise ConfigError(f"language_model={name!r}: {type(module).__name__} has no such sub-module.") from error
+        if not isinstance(found, PreTrainedModel):
+            raise ConfigError(
+                f"language_model={name!r} is a {type(found).__name__}, expected a Hugging Face …ForCausalLM."
+            )
+        family_of(found)
+        return found
+    whole = {
+        path: part
+        for path, part in module.named_modules()
+        if isinstance(part, PreTrainedModel) and type(part).__name__.endswith("ForCausalLM")
+    }
+    supported = {path: part for path, part in whole.items() if part.config.model_type in FAMILIES}
+    if len(supported) == 1:
+        return next(iter(supported.values()))
+    if supported:
+        raise ConfigError(
+            f"{type(module).__name__} holds {len(supported)} causal language models: {sorted(supported)}. Name one "
+            "with language_model=…"
+        )
+    if whole:
+        family_of(next(iter(whole.values())))  # raises, and names the family
+    others = sorted(type(p).__name__ for p in module.modules() if isinstance(p, PreTrainedModel))
+    raise UnsupportedModelError(
+        f"{type(module).__name__} holds no Hugging Face causal language model (found: {others or 'none'}). Supported: "
+        f"…ForCausalLM of {', '.join(sorted(FAMILIES))}."
+    )

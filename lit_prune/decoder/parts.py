@@ -1,0 +1,81 @@
+"""The modules of a model, found through its family entry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lit_prune.decoder.constant import ConstantOutput
+from lit_prune.decoder.families import Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.decoder.spec import SubBlockKind
+
+
+
+class DecoderParts:
+    """Names of parts turned into modules of one model.
+
+    Args:
+        model: A supported causal language model.
+
+    Raises:
+        UnsupportedModelError: If its family is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.family: Family = family_of(model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The stack of decoder layers."""
+        layers = self.model.get_submodule(self.family.layers)
+        assert isinstance(layers, nn.ModuleList)  # noqa: S101 - narrows the type; a family entry says so
+        return layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the head."""
+        return self.model.get_submodule(self.family.final_norm)
+
+    def sub_block_path(self, kind: SubBlockKind) -> str:
+        """Return the path of a sub-block inside its layer."""
+        return self.family.attention if kind == "attention" else self.family.mlp
+
+    def norm_path(self, kind: SubBlockKind) -> str:
+        """Return the path of the norm in front of a sub-block, inside its layer."""
+        return self.family.attention_norm if kind == "attention" else self.family.mlp_norm
+
+    def sub_block(self, layer: int, kind: SubBlockKind) -> nn.Module:
+        """Return the attention or MLP module of a layer (a `ConstantOutput` where it was removed)."""
+        return self.layers[layer].get_submodule(self.sub_block_path(kind))
+
+    def exists(self, layer: int, kind: SubBlockKind) -> bool:
+        """Return whether the sub-block is there, not removed by an earlier pruning."""
+        return not isinstance(self.sub_block(layer, kind), ConstantOutput)
+
+    def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
+        """Return the projections whose *rows* belong to units: q, k, v or gate, up."""
+        family = self.family
+        paths = (family.query, family.key, family.value) if kind == "attention" else (family.gate, family.up)
+        return tuple(self._linear(layer, path) for path in paths)
+
+    def output(self, layer: int, kind: SubBlockKind) -> nn.Linear:
+        """Return the projection whose *columns* belong to units: o or down."""
+        return self._linear(
+            layer, self.family.attention_output if kind == "attention" else self.family.mlp_output
+        )
+
+    def output_name(self, layer: int, kind: SubBlockKind) -> str:
+        """Return the full path of `output`, for messages."""
+        path = self.family.attention_output if kind == "attention" else self.family.mlp_output
+        return f"{self.family.layers}.{layer}.{path}"
+
+    def _linear(self, layer: int, path: str) -> nn.Linear:
+        module = self.layers[layer].get_submodule(path)
+        assert isinstance(module, nn.Linear)  # noqa: S101 - describe refuses anything else
+        return module

@@ -1,0 +1,180 @@
+"""A decoder as prunable units: names and integers only, read from the weights.
+
+Nothing here holds a tensor. A spec is what a search needs to know (how many units there are, what each
+costs) and what a loader needs to rebuild the shapes of a model that was pruned unevenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SubBlockKind = Literal["attention", "mlp"]
+KINDS: tuple[SubBlockKind, SubBlockKind] = ("attention", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec:
+    """One attention sub-block.
+
+    Attributes:
+        name: Path of the attention module, ``model.layers.0.self_attn``.
+        num_kv_groups: KV groups: one key/value head with the query heads that it serves.
+        queries_per_group: Query heads per KV group (1 is multi-head attention).
+        head_dim: Width of a head; never pruned, the rotary pairs live inside.
+        unit_parameters: Parameters that leave with one KV group.
+        fixed_parameters: Parameters that leave only with the whole sub-block (norms, output bias).
+        output_bias: Whether the output projection has a bias.
+    """
+
+    name: str
+    num_kv_groups: int
+    queries_per_group: int
+    head_dim: int
+    unit_parameters: int
+    fixed_parameters: int
+    output_bias: bool
+
+    @property
+    def kind(self) -> SubBlockKind:
+        """``attention``."""
+        return "attention"
+
+    @property
+    def num_units(self) -> int:
+        """KV groups, the prunable units of attention."""
+        return self.num_kv_groups
+
+    @property
+    def unit_width(self) -> int:
+        """Columns of the output projection that one unit owns."""
+        return self.queries_per_group * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the sub-block, its norm included."""
+        return self.num_units * self.unit_parameters + self.fixed_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlpSpec:
+    """One MLP sub-block: ``down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        name: Path of the MLP module, ``model.layers.0.mlp``.
+        num_channels: Intermediate channels.
+        unit_parameters: Parameters that leave with one channel.
+        fixed_parameters: Parameters that leave only with the whole sub-block (norms, output bias).
+        output_bias: Whether the down projection has a bias.
+    """
+
+    name: str
+    num_channels: int
+    unit_parameters: int
+    fixed_parameters: int
+    output_bias: bool
+
+    @property
+    def kind(self) -> SubBlockKind:
+        """``mlp``."""
+        return "mlp"
+
+    @property
+    def num_units(self) -> int:
+        """Intermediate channels, the prunable units of an MLP."""
+        return self.num_channels
+
+    @property
+    def unit_width(self) -> int:
+        """Columns of the down projection that one unit owns: one."""
+        return 1
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the sub-block, its norm included."""
+        return self.num_units * self.unit_parameters + self.fixed_parameters
+
+
+SubBlockSpec = AttentionSpec | MlpSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSpec:
+    """One decoder layer.
+
+    Attributes:
+        index: Position in the stack.
+        name: Path of the layer module.
+        attention: Its attention, or None where an earlier pruning removed it.
+        mlp: Its MLP, or None where an earlier pruning removed it.
+        constant_parameters: Parameters of the constant outputs that stand in for removed sub-blocks.
+        attention_type: Label of the attention mask, ``full_attention`` or ``sliding_attention``.
+    """
+
+    index: int
+    name: str
+    attention: AttentionSpec | None
+    mlp: MlpSpec | None
+    constant_parameters: int = 0
+    attention_type: str = "full_attention"
+
+    @property
+    def sub_blocks(self) -> tuple[SubBlockSpec, ...]:
+        """Attention and MLP, in the order in which they run, those that exist."""
+        return tuple(part for part in (self.attention, self.mlp) if part is not None)
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the layer."""
+        return sum(part.num_parameters for part in self.sub_blocks) + self.constant_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderSpec:
+    """A causal language model as a stack of prunable blocks.
+
+    Attributes:
+        model_type: Hugging Face ``config.model_type``.
+        hidden_size: Width of the residual stream.
+        blocks: The decoder layers, in order.
+        total_parameters: Parameters of the whole model, tied weights counted once.
+        fingerprint: sha256 over model type and the sorted names and shapes of all parameters.
+    """
+
+    model_type: str
+    hidden_size: int
+    blocks: tuple[BlockSpec, ...]
+    total_parameters: int
+    fingerprint: str
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of the decoder layers: what a pruning ratio is a fraction of."""
+        return sum(block.num_parameters for block in self.blocks)
+
+    @property
+    def sub_blocks(self) -> tuple[tuple[int, SubBlockSpec], ...]:
+        """Every sub-block with the index of its layer, in the order in which they run."""
+        return tuple((block.index, part) for block in self.blocks for part in block.sub_blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able primitives; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> DecoderSpec:
+        """Rebuild a spec from `to_dict`'s primitives."""
+        blocks = tuple(
+            BlockSpec(
+                **{
+                    **block,
+                    "attention": AttentionSpec(**block["attention"]) if block["attention"] else None,
+                    "mlp": MlpSpec(**block["mlp"]) if block["mlp"] else None,
+                }
+            )
+            for block in raw["blocks"]
+        )
+        return cls(**{**raw, "blocks": blocks})

@@ -1,0 +1,138 @@
+"""Two latencies compared: what may be claimed, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lit_prune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lit_prune.metrics.latency import LatencyResult
+
+_SAME = ("device", "dtype", "batch_size", "prompt_tokens", "new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speedup:
+    """Time before over time after, of prefill or decode.
+
+    Attributes:
+        phase: ``"prefill"`` or ``"decode"``.
+        ratio: Above 1 is faster.
+        spread: How far ``ratio`` may lie from 1 by noise alone: the interquartile ranges of both
+            measurements, added, as a fraction of the time after.
+    """
+
+    phase: str
+    ratio: float
+    spread: float
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the ratio lies outside the spread."""
+        return abs(self.ratio - 1) > self.spread
+
+    @property
+    def claim(self) -> bool:
+        """Whether a speed-up may be claimed."""
+        return self.measurable and self.ratio > 1
+
+    @property
+    def words(self) -> str:
+        """One sentence.
+
+        Example:
+            >>> Speedup(phase="prefill", ratio=1.03, spread=0.06).words
+            'prefill: no measurable difference: 1.03x lies inside the spread of ±6 %'
+        """
+        spread = f"the spread of ±{f'{100 * self.spread:.1f}'.removesuffix('.0')} %"
+        if not self.measurable:
+            where = f"{self.ratio:.2f}x lies inside {spread}"
+            return f"{self.phase}: no measurable difference: {where}"
+        verdict = "faster" if self.ratio > 1 else "slower"
+        return f"{self.phase}: {verdict}: {self.ratio:.2f}x, outside {spread}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyComparison:
+    """Prefill and decode before and after, on the same device, dtype and prompts."""
+
+    prefill: Speedup
+    decode: Speedup
+    batch_size: int
+
+    @property
+    def claim(self) -> bool:
+        """Whether one phase is measurably faster and none measurably slower."""
+        phases = (self.prefill, self.decode)
+        return any(p.claim for p in phases) and not any(
+            p.measurable and p.ratio < 1 for p in phases
+        )
+
+    @property
+    def reason(self) -> str | None:
+        """Why decoding did not get faster at batch 1, where it did not."""
+        if self.decode.claim or self.batch_size > 1:
+            return None
+        return (
+            "decoding one sequence computes one token at a time: it waits for weights to be read "
+            "and for the fixed cost of each layer, not for arithmetic. Narrower layers save little "
+            "of that on small models or fast devices; fewer layers, larger batches or longer "
+            "prompts show what was saved"
+        )
+
+    @property
+    def words(self) -> str:
+        """What may be said about both phases, one line each, with the reason where there is one."""
+        lines = (self.prefill.words, self.decode.words, self.reason)
+        return "\n".join(line for line in lines if line)
+
+
+def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:
+    """Compare two latencies; inside the spread no speed-up is claimed.
+
+    Args:
+        before: Latency of the dense model.
+        after: Latency of the pruned model.
+
+    Returns:
+        Ratios (before / after) with their spread, claim and words.
+
+    Raises:
+        ConfigError: If device, dtype, batch size, prompt or new tokens differ; names the first.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from lit_prune.metrics.latency import LatencyResult
+        >>> before = LatencyResult(
+        ...     device="cpu (2 threads)", dtype="float32", batch_size=4, prompt_tokens=64,
+        ...     new_tokens=16, warmup=2, repetitions=7, prefill_seconds=0.3, prefill_spread=0.01,
+        ...     decode_seconds_per_token=0.02, decode_spread=0.001)
+        >>> comparison = compare(before, replace(before, prefill_seconds=0.2))
+        >>> comparison.claim, comparison.decode.claim
+        (True, False)
+        >>> print(comparison.words)
+        prefill: faster: 1.50x, outside the spread of ±10 %
+        decode: no measurable difference: 1.00x lies inside the spread of ±10 %
+    """
+    for name in _SAME:
+        one, other = getattr(before, name), getattr(after, name)
+        if one != other:
+            raise ConfigError(
+                f"latencies with different {name} cannot be compared: {one!r} before, {other!r} "
+                "after. Measure both on the same device, dtype and prompts."
+            )
+    return LatencyComparison(
+        prefill=Speedup(
+            phase="prefill",
+            ratio=before.prefill_seconds / after.prefill_seconds,
+            spread=(before.prefill_spread + after.prefill_spread) / after.prefill_seconds,
+        ),
+        decode=Speedup(
+            phase="decode",
+            ratio=before.decode_seconds_per_token / after.decode_seconds_per_token,
+            spread=(before.decode_spread + after.decode_spread) / after.decode_seconds_per_token,
+        ),
+        batch_size=before.batch_size,
+    )

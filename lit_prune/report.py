@@ -1,0 +1,180 @@
+"""Before and after, as a value: to text, Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from lit_prune.errors import ArtifactError
+
+Unit = Literal["count", "bytes", "seconds", "tokens_per_second", "nats", "perplexity"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportRow:
+    """One quantity before and after.
+
+    Attributes:
+        key: Stable machine name, the last part of the TensorBoard tag.
+        label: Words for people.
+        unit: What the numbers are.
+        before: Of the dense model; None where it was not measured.
+        after: Of the pruned model; None in a dry run.
+        note: What a reader must know, e.g. that a difference lies inside the spread.
+    """
+
+    key: str
+    label: str
+    unit: Unit
+    before: float | None
+    after: float | None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """After divided by before."""
+        if self.before is None or self.after is None or not self.before:
+            return None
+        return self.after / self.before
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningReport:
+    """What was asked, what was achieved, what it cost. JSON-able throughout.
+
+    Attributes:
+        requested_ratio: Fraction of decoder parameters that was to be removed.
+        achieved_ratio: Fraction that was removed, from a recount of the modules (in a dry run: planned).
+        total_ratio: Fraction of *all* parameters, embeddings and head included.
+        preset: Method.
+        plan_digest: Digest of the plan.
+        dry_run: True where nothing was changed.
+        rows: The table.
+        calibration: Text behind it: samples, tokens a side, digest, split in words.
+        search: What the method did: ratios, clusters, search nodes, optimality.
+        config: The whole request.
+        conditions: How perplexity and latency were measured.
+        warnings: Plain words for what fell back, or what a reader should not conclude.
+        versions: Of the packages that took part.
+    """
+
+    requested_ratio: float
+    achieved_ratio: float
+    total_ratio: float
+    preset: str
+    plan_digest: str
+    dry_run: bool
+    rows: tuple[ReportRow, ...]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    search: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def row(self, key: str) -> ReportRow:
+        """Return the row with this key.
+
+        Raises:
+            KeyError: If there is none (not measured).
+        """
+        for row in self.rows:
+            if row.key == key:
+                return row
+        raise KeyError(f"{key!r} is not in the report; it has {[row.key for row in self.rows]}")
+
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """Return the table as text cells: quantity, before, after, ratio, note."""
+        return [
+            (
+                row.label,
+                format_value(row.before, row.unit),
+                format_value(row.after, row.unit),
+                "–" if row.ratio is None else f"{row.ratio:.3f}",
+                row.note,
+            )
+            for row in self.rows
+        ]
+
+    def headline(self) -> str:
+        """Return one sentence: what was asked and what was achieved."""
+        verb = "would remove" if self.dry_run else "removed"
+        return (
+            f"{self.preset}: {verb} {self.achieved_ratio:.2%} of the decoder parameters (asked {self.requested_ratio:.2%}), "
+            f"{self.total_ratio:.2%} of all parameters; plan {self.plan_digest[:12]}"
+        )
+
+    def __str__(self) -> str:
+        """Return the report as people read it on a terminal."""
+        header = ("", "before", "after", "after/before", "")
+        cells = [header, *self.table()]
+        widths = [max(len(row[i]) for row in cells) for i in range(4)]
+        lines = [self.headline(), ""]
+        for row in cells:
+            first, *numbers = row[:4]
+            padded = [first.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
+            lines.append("  ".join([*padded, row[4]]).rstrip())
+        lines += ["", *(f"note: {text}" for text in self.notes())]
+        return "\n".join(lines).rstrip()
+
+    def notes(self) -> list[str]:
+        """Return everything that is said in words: how text was split, conditions, warnings."""
+        split = [self.calibration["split"]] if "split" in self.calibration else []
+        return [*split, *(str(x) for x in self.conditions.get("words", [])), *self.warnings]
+
+    def to_markdown(self) -> str:
+        """Return headline, table and notes as Markdown."""
+        lines = [self.headline(), "", "| | before | after | after / before | |", "|---|---:|---:|---:|---|"]
+        lines += ["| " + " | ".join(cells) + " |" for cells in self.table()]
+        lines += ["", *(f"- {text}" for text in self.notes())]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def to_json(self) -> str:
+        """Return the report as JSON text; an infinite number becomes null."""
+        return json.dumps(_finite(asdict(self)), indent=1, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningReport:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ArtifactError: If the text is something else.
+        """
+        try:
+            raw = json.loads(text)
+            rows = tuple(ReportRow(**row) for row in raw.pop("rows"))
+            return cls(**{**raw, "rows": rows, "warnings": tuple(raw["warnings"])})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ArtifactError(f"not a lit_prune report: {error!r}.") from error
+
+
+def format_value(value: float | None, unit: Unit) -> str:
+    """Format a number for people.
+
+    Example:
+        >>> format_value(2_500_000, "bytes"), format_value(0.0123, "seconds"), format_value(4_049_280, "count")
+        ('2.50 MB', '12.30 ms', '4.05 M')
+    """
+    if value is None:
+        return "–"
+    if unit == "seconds":
+        return f"{value * 1e3:.2f} ms"
+    if unit in ("perplexity", "nats"):
+        return f"{value:.4f}" if unit == "nats" else f"{value:.3f}"
+    suffix = {"bytes": "B", "tokens_per_second": "tok/s"}.get(unit, "")
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.2f} {letter}{suffix}".rstrip()
+    return f"{value:.4g} {suffix}".rstrip()
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - walks JSON
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

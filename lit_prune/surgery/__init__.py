@@ -1,0 +1,16 @@
+"""The only place that changes a model."""
+
+from lit_prune.surgery.apply import apply_plan, stage
+from lit_prune.surgery.compensation import Compensation, mean_compensation, weights_digest
+from lit_prune.surgery.edits import StagedEdits
+from lit_prune.surgery.mask import masked
+
+__all__ = [
+    "Compensation",
+    "StagedEdits",
+    "apply_plan",
+    "masked",
+    "mean_compensation",
+    "stage",
+    "weights_digest",
+]

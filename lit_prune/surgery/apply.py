@@ -1,0 +1,235 @@
+"""Applying a plan: the only place that changes a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.decoder import (
+    LEADING,
+    AttentionSpec,
+    ConstantOutput,
+    DecoderParts,
+    DecoderSpec,
+    SubBlock,
+    quiet,
+    remainder,
+    spec_for,
+)
+from lit_prune.errors import SurgeryError
+from lit_prune.surgery.cache import cache_slots
+from lit_prune.surgery.compensation import unit_columns
+from lit_prune.surgery.edits import StagedEdits
+from lit_prune.surgery.mask import masked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.plan import PruningPlan
+    from lit_prune.surgery.compensation import Compensation
+
+# Largest difference of logits to the masked dense model, as a fraction of the largest logit. float32 sums in another
+# order; half precision rounds every activation, and the rounding grows through the layers.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+
+def apply_plan(
+    model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None = None, *, verify: bool = True
+) -> None:
+    """Make ``model`` smaller, in place, all or nothing.
+
+    q/k/v/o and gate/up/down are sliced, removed sub-blocks become constants, removed blocks leave the stack; config,
+    KV-cache slots and per-layer lists follow. dtype, device, ``requires_grad``, ties and hooks of what stays are
+    kept. The result is compared with the dense model whose cut units are masked.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What stays.
+        compensation: Constants for what was cut, made for this plan and these weights.
+        verify: Compare before declaring success.
+
+    Raises:
+        PlanMismatchError: If plan or compensation belong to another model.
+        SurgeryError: If the result is not what was planned. In every failure the model is bit-identical.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from lit_prune.plan import LayerPlan, PruningPlan
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        ...     num_attention_heads=4, num_key_value_heads=2, vocab_size=32)).eval()
+        >>> layers = (LayerPlan(0, (1,), tuple(range(8))), LayerPlan(1, (), ()))
+        >>> apply_plan(model, PruningPlan(spec_for(model).fingerprint, layers))
+        >>> model.config.num_hidden_layers, model.model.layers[0].mlp.down_proj
+        (1, Linear(in_features=8, out_features=16, bias=False))
+    """
+    spec = spec_for(model)
+    plan.validate(spec)
+    if compensation is not None:
+        compensation.check(model, plan)
+    # outside inference mode: parameters made inside `Trainer.validate` could never be trained
+    with torch.inference_mode(False), torch.no_grad():
+        ids = _check_ids(model)
+        wanted = _masked_logits(model, plan, compensation, ids) if verify else None
+        edits = stage(model, spec, plan, compensation.constants if compensation else {})
+        edits.commit()
+        try:
+            if wanted is not None:
+                _compare(wanted, _logits(model, ids), ids)
+        except BaseException:
+            edits.rollback()
+            raise
+
+
+def stage(
+    model: PreTrainedModel, spec: DecoderSpec, plan: PruningPlan, constants: dict[SubBlock, Tensor]
+) -> StagedEdits:
+    """Prepare every edit that ``plan`` asks for, without changing the model."""
+    parts, edits = DecoderParts(model), StagedEdits()
+    counts: dict[SubBlock, int] = {}
+    for index, part in spec.sub_blocks:
+        layer = plan.layers[index]
+        counts[index, part.kind] = len(layer.kv_groups if part.kind == "attention" else layer.channels)
+    left = remainder(spec, counts, constants)
+    biases = {holder: sum(constants[place] for place in places) for holder, places in left.holders.items()}
+    for index, part in spec.sub_blocks:
+        place: SubBlock = (index, part.kind)
+        if index not in left.blocks:
+            continue
+        if not counts[place]:
+            _remove(edits, parts, place, biases.get(place) if place == LEADING else None)
+            continue
+        if counts[place] < part.num_units:
+            layer = plan.layers[index]
+            kept = layer.kv_groups if part.kind == "attention" else layer.channels
+            _slice(edits, parts, place, kept, part.head_dim if isinstance(part, AttentionSpec) else None, part.unit_width)
+        if place in biases:
+            linear = parts.output(*place)
+            bias = biases[place] + (0 if linear.bias is None else linear.bias.double().cpu())
+            edits.parameter(linear, "bias", bias, like=linear.weight if linear.bias is None else linear.bias)
+    if LEADING in biases and spec.blocks[0].attention is None:
+        _add_to_constant(edits, parts, biases[LEADING])
+    _restack(edits, parts, spec, counts, left.blocks)
+    return edits
+
+
+def _slice(
+    edits: StagedEdits,
+    parts: DecoderParts,
+    place: SubBlock,
+    kept: tuple[int, ...],
+    head_dim: int | None,
+    unit_width: int,
+) -> None:
+    columns = unit_columns(kept, unit_width)
+    output = parts.output(*place)
+    edits.parameter(output, "weight", output.weight[:, columns.to(output.weight.device)])
+    edits.attribute(output, "in_features", len(columns))
+    for number, linear in enumerate(parts.inputs(*place)):
+        # q rows are laid out like o columns, whole groups of query heads; k and v have one head for each group
+        rows = columns if head_dim is None or number == 0 else unit_columns(kept, head_dim)
+        rows = rows.to(linear.weight.device)
+        edits.parameter(linear, "weight", linear.weight[rows])
+        if linear.bias is not None:
+            edits.parameter(linear, "bias", linear.bias[rows])
+        edits.attribute(linear, "out_features", len(rows))
+
+
+def _remove(edits: StagedEdits, parts: DecoderParts, place: SubBlock, constant: Tensor | None) -> None:
+    index, kind = place
+    like = parts.output(index, kind).weight
+    bias = None
+    if constant is not None:
+        new = constant.to(device=like.device, dtype=like.dtype).clone()
+        bias = nn.Parameter(new, requires_grad=like.requires_grad)
+    module = ConstantOutput(bias, returns_weights=kind == "attention")
+    module.train(parts.sub_block(index, kind).training)
+    identity = nn.Identity().train(module.training)
+    for path, new_module in ((parts.sub_block_path(kind), module), (parts.norm_path(kind), identity)):
+        parent, _, leaf = path.rpartition(".")
+        edits.attribute(parts.layers[index].get_submodule(parent), leaf, new_module)
+
+
+def _add_to_constant(edits: StagedEdits, parts: DecoderParts, constant: Tensor) -> None:
+    slot = parts.sub_block(*LEADING)
+    old = slot.bias if isinstance(slot, ConstantOutput) else None
+    like = next(parts.layers[0].parameters()) if old is None else old
+    edits.parameter(slot, "bias", constant + (0 if old is None else old.double().cpu()), like=like)
+
+
+def _restack(
+    edits: StagedEdits,
+    parts: DecoderParts,
+    spec: DecoderSpec,
+    counts: dict[SubBlock, int],
+    blocks: tuple[int, ...],
+) -> None:
+    """Drop removed blocks; renumber cache slots; let the config say what is so."""
+    if len(blocks) < len(spec.blocks):
+        stack = nn.ModuleList(parts.layers[index] for index in blocks)
+        stack.train(parts.layers.training)
+        for layer, index in zip(stack, blocks, strict=True):
+            layer.training = parts.layers[index].training
+        parent, _, leaf = parts.family.layers.rpartition(".")
+        edits.attribute(parts.model.get_submodule(parent), leaf, stack)
+    types, slots = cache_slots(
+        [spec.blocks[index].attention_type for index in blocks],
+        [bool(counts.get((index, "attention"))) for index in blocks],
+    )
+    for position, slot in slots.items():
+        attention = parts.sub_block(blocks[position], "attention")
+        if attention.layer_idx != slot:
+            edits.attribute(attention, "layer_idx", slot)
+    attentions = [part for _, part in spec.sub_blocks if isinstance(part, AttentionSpec)]
+    groups = {counts.get((index, "attention"), 0) for index in blocks}
+    channels = {counts.get((index, "mlp"), 0) for index in blocks}
+    queries = {part.queries_per_group for part in attentions}
+    fields: dict[str, object] = {"num_hidden_layers": len(blocks), "head_dim": attentions[0].head_dim}
+    # a stock config has one width for all layers: where there are several it keeps the dense ones, and saving
+    # writes the widths of each layer beside it
+    if len(groups) == 1 and len(queries) == 1:
+        fields["num_key_value_heads"] = min(groups)
+        fields["num_attention_heads"] = min(groups) * min(queries)
+    if len(channels) == 1 and min(channels):
+        fields["intermediate_size"] = min(channels)
+    configs = {id(module.config): module.config for module in (parts.model, parts.model.base_model)}
+    for config in configs.values():
+        if getattr(config, "layer_types", None) is not None:
+            fields["layer_types"] = list(types)
+        for name, value in fields.items():
+            if getattr(config, name, None) != value:
+                edits.attribute(config, name, value)
+
+
+def _check_ids(model: PreTrainedModel) -> Tensor:
+    vocabulary = model.config.vocab_size
+    tokens = min(24, getattr(model.config, "max_position_embeddings", 24))
+    ids = torch.randint(vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
+    return ids.to(next(model.parameters()).device)
+
+
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with quiet(model):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def _masked_logits(
+    model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None, ids: Tensor
+) -> Tensor:
+    with masked(model, plan, compensation):
+        return _logits(model, ids)
+
+
+def _compare(wanted: Tensor, got: Tensor, ids: Tensor) -> None:
+    if not bool(torch.isfinite(wanted).all()):
+        return  # the dense model itself is not finite; calibration says so where it matters
+    worst = float((wanted.float() - got.float()).abs().max())
+    scale = float(wanted.abs().max()) or 1.0
+    dtype = wanted.dtype
+    if not worst <= _TOLERANCE[dtype] * scale:
+        raise SurgeryError(
+            f"the pruned model does not compute what the plan says: logits of {list(ids.shape)} random tokens differ "
+            f"by {worst:.3g} (largest logit {scale:.3g}, {dtype}) from the dense model with the same units masked. "
+            "The model was put back as it was. Please report this with the model's config."
+        )

@@ -1,0 +1,146 @@
+"""Bias compensation: what cut units wrote on average is put back as a constant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lit_prune.decoder import DecoderParts, SubBlock, spec_for
+from lit_prune.errors import ArtifactError, PlanMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.plan import PruningPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """Constants that stand in for cut units; made for one plan on one set of weights.
+
+    Attributes:
+        constants: Mean output of what was cut, by ``(layer, kind)``, ``[hidden_size]`` each, float64.
+        plan_digest: The plan that it belongs to.
+        weights_digest: The weights that it was made for.
+    """
+
+    constants: dict[SubBlock, Tensor]
+    plan_digest: str
+    weights_digest: str
+
+    def save(self, path: Path) -> None:
+        """Write ``compensation.safetensors``."""
+        from safetensors.torch import save_file
+
+        header = json.dumps({"plan_digest": self.plan_digest, "weights_digest": self.weights_digest})
+        tensors = {f"{layer}.{kind}": constant.contiguous() for (layer, kind), constant in self.constants.items()}
+        beside = path.with_name(f".{path.name}.tmp")
+        save_file(tensors, beside, metadata={"lit_prune": header})
+        beside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Compensation:
+        """Read what `save` wrote.
+
+        Raises:
+            ArtifactError: If the file is something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["lit_prune"])
+                constants: dict[SubBlock, Tensor] = {}
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    layer, kind = name.split(".")
+                    constants[int(layer), "attention" if kind == "attention" else "mlp"] = file.get_tensor(name)
+                return cls(constants, header["plan_digest"], header["weights_digest"])
+        except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
+            raise ArtifactError(f"{path} is not a compensation of lit_prune: {error!r}.") from error
+
+    def check(self, model: PreTrainedModel, plan: PruningPlan) -> None:
+        """Refuse to be used with another plan or on other weights.
+
+        Raises:
+            PlanMismatchError: Says which of the two differs.
+        """
+        if self.plan_digest != plan.digest:
+            raise PlanMismatchError(
+                f"compensation was made for plan {self.plan_digest[:12]}…, not for {plan.digest[:12]}…."
+            )
+        if self.weights_digest != weights_digest(model):
+            raise PlanMismatchError(
+                "compensation was made for other weights of this architecture: its constants would be wrong. Make it "
+                "again from a calibration of this model, or apply the plan without it."
+            )
+
+
+def mean_compensation(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    units: Mapping[SubBlock, tuple[Tensor, Tensor]],
+    *,
+    removed_mean: Literal["add", "drop"] = "add",
+) -> Compensation:
+    """Return the mean output of everything that ``plan`` cuts: ``W[:, cut] @ E[x_cut]``.
+
+    Of a sub-block that is removed whole this is its mean output, its own bias included.
+
+    Args:
+        model: The dense model that the plan was made for.
+        plan: What stays.
+        units: Mean and variance of the inputs of the output projections (`Calibration.units`).
+        removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
+
+    References:
+        An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (FLAP), AAAI 2024: the
+        formula. That Yang et al. (ICML 2025, section 4.4) use exactly it, and that it is applied to whole
+        sub-blocks, is our reconstruction.
+    """
+    spec = spec_for(model)
+    plan.validate(spec)
+    parts = DecoderParts(model)
+    constants: dict[SubBlock, Tensor] = {}
+    for index, part in spec.sub_blocks:
+        place: SubBlock = (index, part.kind)
+        layer = plan.layers[index]
+        kept = layer.kv_groups if part.kind == "attention" else layer.channels
+        cut = sorted(set(range(part.num_units)) - set(kept))
+        if not cut or (not kept and removed_mean == "drop"):
+            continue
+        columns = unit_columns(cut, part.unit_width)
+        linear = parts.output(index, part.kind)
+        mean = units[place][0][columns]
+        constant = linear.weight.detach()[:, columns.to(linear.weight.device)].double().cpu() @ mean
+        if not kept and linear.bias is not None:
+            constant = constant + linear.bias.detach().double().cpu()
+        constants[place] = constant
+    return Compensation(constants, plan.digest, weights_digest(model))
+
+
+def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:
+    """Return the columns that ``units`` own.
+
+    Example:
+        >>> unit_columns([0, 2], 2)
+        tensor([0, 1, 4, 5])
+    """
+    first = torch.tensor(units, dtype=torch.int64).unsqueeze(1) * unit_width
+    return (first + torch.arange(unit_width)).reshape(-1)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return a hash of every parameter's name, shape and bytes."""
+    whole = hashlib.blake2b(digest_size=32)
+    for name, parameter in model.named_parameters():
+        whole.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        whole.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()

@@ -1,0 +1,70 @@
+"""The reference that surgery must equal: the dense model with units masked and the same constants added."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.decoder import DecoderParts, spec_for
+from lit_prune.surgery.compensation import unit_columns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.plan import PruningPlan
+    from lit_prune.surgery.compensation import Compensation
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None = None) -> Iterator[None]:
+    """Make the dense model compute what the pruned one would, for the time of the ``with``.
+
+    No weight is touched: hooks zero the inputs of the output projections that cut units feed, and add the constants.
+
+    Args:
+        model: The dense model that the plan was made for.
+        plan: What stays.
+        compensation: Constants for what was cut.
+    """
+    spec, parts = spec_for(model), DecoderParts(model)
+    plan.validate(spec)
+    constants = compensation.constants if compensation else {}
+    handles = []
+    try:
+        for index, part in spec.sub_blocks:
+            layer = plan.layers[index]
+            kept = layer.kv_groups if part.kind == "attention" else layer.channels
+            linear = parts.output(index, part.kind)
+            constant = constants.get((index, part.kind))
+            if constant is not None:
+                constant = constant.to(linear.weight.device, linear.weight.dtype)
+            if not kept:
+                handles.append(linear.register_forward_hook(partial(_replace, constant)))
+            elif len(kept) < part.num_units:
+                mask = torch.zeros(linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+                mask[unit_columns(kept, part.unit_width)] = 1
+                handles.append(linear.register_forward_pre_hook(partial(_mask, mask)))
+                if constant is not None:
+                    handles.append(linear.register_forward_hook(partial(_add, constant)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _mask(mask: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    return args[0] * mask
+
+
+def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return output + constant
+
+
+def _replace(constant: Tensor | None, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return torch.zeros_like(output) if constant is None else constant.expand_as(output)
