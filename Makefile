@@ -3,9 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-HALF := .venv/.half-built
+HALF := .venv-half-built
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# pip refuses to touch the Python that lies under a broken .venv.
+export PIP_REQUIRE_VIRTUALENV := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -44,18 +46,21 @@ format: $(READY)
 bench: $(READY)
 	@$(BIN)/python recipes/benchmark.py
 
-# An interrupted set-up leaves .venv/.half-built (pip may take a half-written package for an installed one) or an
-# environment without pip: both are built anew.
+# An interrupted set-up leaves a marker beside .venv, where emptying .venv does not lose it, and is built anew: pip would
+# take a half-written package for an installed one. So is a .venv that is no environment: without its pyvenv.cfg,
+# .venv/bin/python is the base Python.
 $(READY): pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "lit_prune needs Python >= 3.11, $(PYTHON) is older or missing; try: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@if [ -e $(HALF) ] || ! $(PIP) --version >/dev/null 2>&1; then \
-		echo "setting up .venv (once; about 1.5 GB, some minutes)"; $(PYTHON) -m venv --clear .venv; \
-	else echo "bringing .venv up to date"; fi
-	@rm -f $(READY) && touch $(HALF)
+	@rm -f $(READY)
+	@if [ ! -e $(HALF) ] && $(BIN)/python -c 'import sys, pip; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; then \
+		echo "bringing .venv up to date"; touch $(HALF); \
+	else \
+		echo "setting up .venv (once; about 2 GB, some minutes)"; touch $(HALF); $(PYTHON) -m venv --clear .venv; \
+	fi
 	@$(PIP) install -qq -c .ci/constraints.txt -e ".[dev]"
-	@rm -f $(HALF) && touch $(READY)
+	@touch $(READY) && rm -f $(HALF)
 
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(HALF) build dist .mypy_cache .pytest_cache .ruff_cache
 	find lit_prune tests recipes -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

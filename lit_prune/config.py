@@ -53,6 +53,7 @@ class PruningConfig:
         exact_hit: Method. How the last deviation from the ratio is closed: ``units`` (lowest-entropy channels of all
             layers), ``cluster`` (the next cluster of a layer, then units).
         removed_mean: Method. ``add`` the mean output of a whole removed sub-block as a constant, or ``drop`` it.
+        search_tolerance: Method. Fraction of the decoder parameters that the search may leave to single channels.
         node_limit: Nodes that the depth-first search may visit.
         seed: Seed of K-means.
 
@@ -94,6 +95,7 @@ class PruningConfig:
     stage_order: Literal["fine_first", "coarse_first"] = "fine_first"
     exact_hit: Literal["units", "cluster"] = "units"
     removed_mean: Literal["add", "drop"] = "add"
+    search_tolerance: float = 0.0015
     node_limit: int = 1_000_000
     seed: int = 0
 
@@ -131,8 +133,9 @@ class PruningConfig:
         for name in ("entropy_floor", "ratio_temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}.")
-        if not self.ratio_strength >= 0:
-            raise ConfigError(f"ratio_strength must be at least 0, got {self.ratio_strength!r}.")
+        for name in ("ratio_strength", "search_tolerance"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
 
     def _check_integer(self, name: str) -> None:
         value = getattr(self, name)

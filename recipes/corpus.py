@@ -1,9 +1,9 @@
-"""The text of the shipped model, its demo and the benchmark: read from the running Python, no network.
+"""The text of the shipped model, its demo and the benchmark, from the running Python; no network.
 
-Two corpora, both part of every CPython (PSF licence): the standard library's own sources (`stdlib_documents`),
-on which the shipped model was trained, and the help texts of ``pydoc_data.topics`` (`fine_tuning_documents`),
-which that model has never seen. Their contents follow the running Python's version; `corpus_digest` tells
-one from another.
+Two corpora, both part of every CPython (PSF licence): the standard library's own sources
+(`stdlib_documents`), on which the shipped model was trained, and the help texts of
+``pydoc_data.topics`` (`fine_tuning_documents`), which that model has never seen. Their contents
+follow the running Python's version; `corpus_digest` tells one from another.
 """
 
 from __future__ import annotations
@@ -20,14 +20,34 @@ from transformers import PreTrainedTokenizerBase
 Split = Literal["train", "choose", "score"]
 FineTuningSplit = Literal["train", "validation", "test"]
 
-# Whole packages or modules, by the first part of their path without ".py": no file of theirs is ever trained on.
-# "choose" decides when training may stop; "score" is only ever used for a number that is reported.
+# Whole packages or modules, by the first part of their path without ".py": none of their files is
+# ever trained on. "choose" is for decisions, "score" only for numbers that are reported.
 HELD_OUT: dict[str, frozenset[str]] = {
     "choose": frozenset(
-        {"json", "optparse", "subprocess", "tomllib", "wsgiref", "heapq", "textwrap", "ftplib", "calendar"}
+        {
+            "json",
+            "optparse",
+            "subprocess",
+            "tomllib",
+            "wsgiref",
+            "heapq",
+            "textwrap",
+            "ftplib",
+            "calendar",
+        }
     ),
     "score": frozenset(
-        {"argparse", "email", "csv", "pathlib", "queue", "random", "shutil", "statistics", "zoneinfo"}
+        {
+            "argparse",
+            "email",
+            "csv",
+            "pathlib",
+            "queue",
+            "random",
+            "shutil",
+            "statistics",
+            "zoneinfo",
+        }
     ),
 }
 LEFT_OUT_PACKAGES = frozenset({"site-packages", "dist-packages", "pydoc_data", "test"})
@@ -38,12 +58,12 @@ SMALLEST_DOCUMENT_BYTES = 200
 def stdlib_documents(split: Split) -> Dataset:
     """Return one split of the running Python's standard library sources, sorted by path.
 
-    Left out: tests, installed packages, ``pydoc_data`` (the fine-tuning text), generated files, files under
-    200 bytes, and every file whose content already occurred under an earlier path (a copy in a held-out
-    package wins over one in ``train``, so that no split shares a document with another).
+    Left out: tests, installed packages, ``pydoc_data`` (the fine-tuning text), generated files,
+    files under 200 bytes, and copies: of equal files the first one is kept, in the score split
+    before choose before train, so that no split shares a document with another.
 
     Args:
-        split: ``"train"``, ``"choose"`` or ``"score"``; `HELD_OUT` names the packages of the last two.
+        split: ``"train"``, ``"choose"`` or ``"score"``; `HELD_OUT` has the last two.
 
     Returns:
         Columns ``path`` (relative to the standard library, with ``/``) and ``text``.
@@ -73,8 +93,8 @@ def stdlib_documents(split: Split) -> Dataset:
 def fine_tuning_documents(split: FineTuningSplit) -> Dataset:
     """Return one split of Python's own help topics (``pydoc_data.topics``), sorted by topic name.
 
-    The hash of a topic's text decides its split (80 % train, 10 % validation, 10 % test of the topics), so a
-    topic listed under two names lies in one split, and an edited topic does not move the others.
+    The hash of a topic's text decides its split (about 80 % train, 10 % validation, 10 % test), so
+    a text listed under two names counts once, and an edited topic does not move the others.
 
     Args:
         split: ``"train"``, ``"validation"`` or ``"test"``.
@@ -85,7 +105,7 @@ def fine_tuning_documents(split: FineTuningSplit) -> Dataset:
     Raises:
         ValueError: If ``split`` is not one of the three names.
     """
-    by_bucket = {bucket: "train" for bucket in range(8)} | {8: "validation", 9: "test"}
+    by_bucket = dict.fromkeys(range(8), "train") | {8: "validation", 9: "test"}
     if split not in by_bucket.values():
         raise ValueError(f"split must be one of {sorted(set(by_bucket.values()))}, got {split!r}.")
     from pydoc_data.topics import topics  # 700 kB of literals: imported only where they are used
@@ -126,8 +146,8 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: i
         Column ``input_ids``, each ``[context_length]``.
 
     Raises:
-        ValueError: If ``context_length`` is not positive, the tokenizer has no end-of-text token, or the
-            documents do not fill one block.
+        ValueError: If ``context_length`` is not positive, the tokenizer has no end-of-text token or
+            the documents do not fill one block.
     """
     if context_length < 1:
         raise ValueError(f"context_length must be at least 1 token, got {context_length}.")
@@ -140,30 +160,46 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: i
     starts = range(0, len(stream) - context_length + 1, context_length)
     if not starts:
         raise ValueError(f"{len(stream)} tokens do not fill one block of {context_length}.")
-    return Dataset.from_dict({"input_ids": [stream[start : start + context_length] for start in starts]})
+    return Dataset.from_dict(
+        {"input_ids": [stream[start : start + context_length] for start in starts]}
+    )
 
 
 def _python_sources(root: Path) -> Iterator[tuple[str, str]]:
     """Yield ``(path, text)`` of each source that belongs to the corpus, in no particular order."""
     for file in root.rglob("*.py"):
         path = file.relative_to(root)
-        if path.parts[0] in LEFT_OUT_PACKAGES or TEST_FOLDERS & set(path.parts) or _is_generated(path):
+        if (
+            path.parts[0] in LEFT_OUT_PACKAGES
+            or TEST_FOLDERS & set(path.parts)
+            or _is_generated(path)
+        ):
             continue
         raw = file.read_bytes()
         if len(raw) < SMALLEST_DOCUMENT_BYTES:
             continue
         try:
             text = raw.decode()
-        except UnicodeDecodeError:  # a few sources declare another encoding; they are not worth a detector
+        except (
+            UnicodeDecodeError
+        ):  # a few sources declare another encoding; they are not worth a detector
             continue
         yield path.as_posix(), text
 
 
 def _is_generated(path: Path) -> bool:
-    """Tell tables written by a program: character maps, the build's own settings, platform constants."""
+    """Tell tables that a program wrote: character maps, build settings, platform constants."""
     if path.parts[0] == "encodings":
         # Each charmap codec is the same 40 lines around a table; the hand-written codecs remain.
-        return path.stem not in {"__init__", "aliases", "idna", "punycode", "utf_8_sig", "utf_16", "utf_32"}
+        return path.stem not in {
+            "__init__",
+            "aliases",
+            "idna",
+            "punycode",
+            "utf_8_sig",
+            "utf_16",
+            "utf_32",
+        }
     return path.parts[0].startswith(("_sysconfigdata", "config-")) or path.name in {
         "_casefix.py",
         "keysyms.py",

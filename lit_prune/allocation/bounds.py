@@ -1,4 +1,4 @@
-"""Lower bounds for the depth-first search: the remaining layers solved once, with sizes in buckets."""
+"""Lower bounds for the depth-first search: all suffixes of layers solved, sizes in buckets."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ if TYPE_CHECKING:
 _BUCKETS = 1 << 15
 _COARSE_BUCKETS = 1 << 10
 _UNITS_TRIED = 256
-# Deeper in the tree the best multiplier is another one; these shares of the root's are kept as well.
+# Deeper in the tree the best multiplier is another one: these multiples of the root's are kept.
 _PARTS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 class CostBounds:
     """Least cost of completing a partial selection, never too high.
 
-    Sizes are rounded down to a bucket, and each suffix of layers is solved by dynamic programming over the
-    buckets. A suffix's true size lies between its bucketed size and that plus the suffix's largest rounding
-    loss, so that the cheapest entry within the widened window is a lower bound; infinite means that no
-    completion fits. With sizes whose multiples all fit into the table the bound is exact.
+    Sizes are rounded down to a bucket, and each suffix of layers is solved by dynamic programming
+    over the buckets. A suffix's true size lies between its bucketed size and that plus the suffix's
+    largest rounding loss, so that the cheapest entry within the widened window is a lower bound;
+    infinite means that no completion fits. With sizes whose multiples all fit into the table the
+    bound is exact.
 
-    A limit on removed attentions is relaxed: each one is charged ``multiplier`` and the limit's worth is
-    refunded. Any multiplier >= 0 gives a valid bound (Lagrangian duality), and the highest of several counts;
-    the fewest attentions with which a suffix can fit at all are kept beside them.
+    A limit on removed attentions is relaxed: each one is charged ``multiplier`` and the limit's
+    worth is refunded. Any multiplier >= 0 gives a valid bound (Lagrangian duality), and the highest
+    of several counts; the fewest attentions with which a suffix can fit at all are kept beside
+    them.
 
     Args:
         layers: Options of each layer, in the order in which the search decides them.
@@ -108,14 +110,12 @@ class CostBounds:
         def losses(unit: int) -> list[int]:
             return [max(option.size % unit for option in options) for options in self._layers]
 
-        # Equal sizes lose equally: of widths up to twice the finest, one is nearly a divisor of them.
+        # Equal sizes lose equally: of widths up to twice the finest, one nearly divides them.
         unit = min((width * divisor for width in sorted(tries)), key=lambda unit: sum(losses(unit)))
         return unit, [*accumulate(reversed(losses(unit)), initial=0)][::-1]
 
-    def _windows(
-        self, price: float, charge: float, unit: int, loss: list[int]
-    ) -> list[memoryview]:
-        """For each suffix and bucket t: the least sum over t and all buckets above that may still fit.
+    def _windows(self, price: float, charge: float, unit: int, loss: list[int]) -> list[memoryview]:
+        """For each suffix and bucket t: the least sum over t and all above that may still fit.
 
         What is summed over the chosen options: price x cost + charge x attention.
         """
@@ -134,7 +134,7 @@ class CostBounds:
             width = (self._maximum - self._minimum + slack) // unit + 1
             windows.append(_window_minimum(least, width))
         # Reading one number from a memoryview is several times faster than from an array.
-        return [memoryview(window) for window in reversed(windows)]  # type: ignore[arg-type]
+        return [memoryview(window) for window in reversed(windows)]
 
     def _multiplier(self, unit: int, loss: list[int]) -> float:
         """A multiplier that (nearly) maximises the bound at the root, which is concave in it."""

@@ -28,21 +28,21 @@ def lowest_cluster(
     method: ClusterMethod = "kmeans",
     seed: int = 0,
 ) -> tuple[int, ...]:
-    """Indices of the units in the cluster with the lowest mean entropy: those that the paper prunes.
+    """Indices of the units in the cluster of lowest mean entropy: those that the paper prunes.
 
     Units that are all equal form one cluster, of which none stands out as low: nothing is returned.
 
     Args:
         entropy: One value for each unit of one sub-block, ``[units]``, nats, finite.
-        num_clusters: K, at least 2. A larger K gives a smaller lowest cluster. With fewer distinct values
-            than clusters, each distinct value is a cluster.
-        method: ``"kmeans"`` is the paper's (scikit-learn: k-means++, 10 starts); ``"exact"`` is the global
-            optimum of the same objective by dynamic programming, without seed.
+        num_clusters: K, at least 2. A larger K gives a smaller lowest cluster. With fewer distinct
+            values than clusters, each distinct value is a cluster.
+        method: ``"kmeans"`` is the paper's (scikit-learn: k-means++, 10 starts); ``"exact"`` is the
+            global optimum of the same objective by dynamic programming, without seed.
         seed: Of the k-means++ starts.
 
     Returns:
-        Unit indices, ascending. Equal entropies are always in the same cluster, and the result does not depend
-        on the order of the units or on the number of threads.
+        Unit indices, ascending. Equal entropies are always in the same cluster, and the result does
+        not depend on the order of the units or on the number of threads.
 
     Raises:
         ConfigError: If ``num_clusters`` is below 2 or ``method`` is unknown.
@@ -55,7 +55,8 @@ def lowest_cluster(
         ()
 
     References:
-        Yang et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, section 3.3 and appendix A.
+        Yang et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, section 3.3 and
+        appendix A.
     """
     ladder = cluster_ladder(entropy, num_clusters, method=method, seed=seed)
     return ladder[0] if len(ladder) > 1 else ()
@@ -81,25 +82,32 @@ def cluster_ladder(
         ((0, 2), (1, 3), (4,))
     """
     if method not in get_args(ClusterMethod):
-        raise ConfigError(f"clustering method must be one of {get_args(ClusterMethod)}, got {method!r}.")
+        raise ConfigError(
+            f"clustering method must be one of {get_args(ClusterMethod)}, got {method!r}."
+        )
     if isinstance(num_clusters, bool) or num_clusters < 2:
         raise ConfigError(
-            f"num_clusters must be at least 2, got {num_clusters!r}: a single cluster holds every unit."
+            f"num_clusters must be at least 2, got {num_clusters!r}: a single cluster holds "
+            "every unit."
         )
     values = np.asarray(entropy, np.float64)
     if values.ndim != 1:
-        raise ScoreError(f"unit entropies must be one value for each unit, got shape {values.shape}.")
+        raise ScoreError(
+            f"unit entropies must be one value for each unit, got shape {values.shape}."
+        )
     if not np.isfinite(values).all():
         unit = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ScoreError(f"entropy of unit {unit} is {values[unit]}; expected finite (nats).")
     if not len(values):
         return ()
-    # Clustering the distinct values with their counts keeps equals together and forgets the units' order.
+    # Clustering the distinct values with their counts keeps equals together and forgets the units'
+    # order.
     distinct, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     if len(distinct) <= num_clusters:
         label = np.arange(len(distinct))
     else:
-        # To [-1, 1]: the objective does not change, and neither squares nor differences can overflow.
+        # To [-1, 1]: the objective does not change, and neither squares nor differences can
+        # overflow.
         scaled = distinct / max(abs(distinct[0]), abs(distinct[-1]))
         scaled = scaled - np.average(scaled, weights=counts)
         weight = counts.astype(np.float64)
@@ -117,23 +125,24 @@ def _kmeans_labels(values: Vector, weight: Vector, num_clusters: int, seed: int)
     from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
 
     model = KMeans(num_clusters, init="k-means++", n_init=10, random_state=seed)
-    # Partial sums of several threads are added in the order in which they finish: one thread for one result.
+    # Threads add their partial sums in the order in which they finish: one thread, one result.
     with threadpool_limits(limits=1), warnings.catch_warnings():
-        # ConvergenceWarning: values a rounding apart may coincide after centring; fewer clusters are fine here.
+        # ConvergenceWarning: values a rounding apart may coincide; fewer clusters are fine here.
         warnings.simplefilter("ignore")
         model.fit(values[:, None], sample_weight=weight)
     centres = np.sort(model.cluster_centers_[:, 0])
-    # Nearest centre, read off the midpoints: intervals by construction, whatever rounding the labels saw.
+    # Nearest centre, read off the midpoints: intervals whatever rounding the labels saw.
     label: Indices = np.searchsorted((centres[:-1] + centres[1:]) / 2, values, side="left")
     return label
 
 
 def _exact_labels(values: Vector, weight: Vector, num_clusters: int) -> Indices:
-    """Label sorted distinct values so that the weighted sum of squared distances to the means is least.
+    """Label sorted distinct values: least weighted sum of squared distances to the means.
 
-    ``D_k(j) = min_i D_{k-1}(i) + cost(i, j)``. The best ``i`` never falls as ``j`` grows (the cost is Monge), so
-    divide and conquer needs O(K n log n); see Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2 (2011), and
-    Grønlund et al., "Fast exact k-means, k-medians and Bregman divergence clustering in 1D" (2017).
+    ``D_k(j) = min_i D_{k-1}(i) + cost(i, j)``. The best ``i`` never falls as ``j`` grows (the cost
+    is Monge), so divide and conquer needs O(K n log n); see Wang and Song, "Ckmeans.1d.dp", The R
+    Journal 3/2 (2011), and Grønlund et al., "Fast exact k-means, k-medians and Bregman divergence
+    clustering in 1D" (2017).
     """
     n = len(values)
     prefix = np.zeros((3, n + 1))
@@ -162,7 +171,7 @@ def _exact_labels(values: Vector, weight: Vector, num_clusters: int) -> Indices:
 def _next_row(
     best: Vector, cost: Callable[[Indices, Indices], Vector], k: int
 ) -> tuple[Vector, Indices]:
-    """One more cluster: all midpoints of one recursion depth at once, so that numpy does the loops."""
+    """One more cluster: all midpoints of one recursion depth at once, in numpy."""
     n = len(best) - 1
     row, split = np.full(n + 1, math.inf), np.zeros(n + 1, np.int64)
     # Each part: prefixes low..high (inclusive) whose best split lies in first..last (inclusive).

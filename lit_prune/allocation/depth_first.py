@@ -9,12 +9,12 @@ from lit_prune.allocation.bounds import CostBounds
 from lit_prune.allocation.greedy import greedy
 from lit_prune.allocation.reachable import nearest_totals
 from lit_prune.allocation.search import Candidate, LayerOption, Selection, layer_options
-from lit_prune.errors import BudgetError
+from lit_prune.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Costs nearer than this (relative) are ties: sums of the same numbers in another order differ as much.
+# Costs nearer than this (relative) are ties: the order of a sum alone makes such a difference.
 _TIE = 1e-12
 # What was decided above a node, newest first: (option, what was decided above it).
 _Path = tuple[LayerOption, "_Path"] | None
@@ -28,55 +28,64 @@ def depth_first(
     max_attention_removed: int | None = None,
     node_limit: int = 1_000_000,
 ) -> Selection:
-    """Choose blocks and sub-blocks of least total cost that free between ``minimum`` and ``maximum``.
+    """Choose blocks and sub-blocks of least total cost whose size is within the given range.
 
-    ``min_S sum_{s in S} TE_s  s.t.  minimum <= sum_{s in S} size_s <= maximum``, where from each layer S has
-    nothing, the attention, the MLP, both, or the block. The paper names the depth-first search and its
-    goal; Eqs. 5 and 6 themselves are RECONSTRUCTED (`method.md` 1.5).
+    ``min_S sum_{s in S} TE_s  s.t.  minimum <= sum_{s in S} size_s <= maximum``, where from each
+    layer S has nothing, the attention, the MLP, both, or the block. The paper names the depth-first
+    search and its goal; Eqs. 5 and 6 themselves are RECONSTRUCTED (`method.md` 1.5).
 
-    One layer is one level of the tree. A node is cut off when its bound (`CostBounds`) does not beat the best
-    selection so far, which at first is the greedy one, or when the same size with as many attentions
-    was reached at its level for no more cost: in real models many sizes are equal, and without the latter
-    all their permutations would be tried. Equal costs: what is found first stays, in an order that depends on
-    (cost, layer, kind) alone.
+    One layer is one level of the tree. A node is cut off when its bound (`CostBounds`) does not
+    beat the best selection so far, which at first is the greedy one, or when the same size with as
+    many attentions was reached at its level for no more cost: in real models many sizes are equal,
+    and without the latter all their permutations would be tried. Equal costs: what is found first
+    stays, in an order that depends on (cost, layer, kind) alone.
 
     Args:
         candidates: Blocks and sub-blocks with their costs (nats) and sizes (parameters).
         minimum: Parameters to free, at least. At or below 0, nothing is chosen.
         maximum: Parameters to free, at most. Default: no limit.
-        max_attention_removed: Most layers that may lose their attention (a block counts). Default: no limit.
-        node_limit: Nodes to expand before the best selection so far is returned with ``optimal=False``. A count
-            and no clock, so that the result does not depend on the machine.
+        max_attention_removed: Most layers that may lose their attention (a block counts). Default:
+            no limit.
+        node_limit: Nodes to expand before the best selection so far is returned with
+            ``optimal=False``. A count and no clock, so that the result does not depend on the
+            machine.
 
     Returns:
         The selection with its proof: never dearer than the greedy one.
 
     Raises:
+        ConfigError: If ``maximum`` is below ``minimum``, or a layer offers the same kind twice.
         ScoreError: If a cost is negative or not finite; names the candidate.
-        BudgetError: If no selection fits, naming the nearest sizes that can be freed; or if none was found
-            within ``node_limit``.
+        BudgetError: If no selection fits, naming the nearest sizes that can be freed; or if none
+            was found within ``node_limit``.
 
     Example:
         >>> def block(layer, cost, size):
-        ...     return Candidate(name=f"layer {layer}", layer=layer, kind="block", cost=cost, size=size)
+        ...     name = f"layer {layer}"
+        ...     return Candidate(name=name, layer=layer, kind="block", cost=cost, size=size)
         >>> blocks = [block(0, 1.0, 10), block(1, 2.5, 20), block(2, 3.2, 25)]
         >>> [c.name for c in depth_first(blocks, minimum=25).chosen]
         ['layer 2']
 
     References:
         Yang et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, section 3.
-        Martello and Toth, "Knapsack Problems" (1990), chapter 2, for branch and bound with dominance.
+        Martello and Toth, "Knapsack Problems" (1990), chapter 2, for branch and bound with
+        dominance.
         We differ: bound, dominance and the limit on attention are ours.
     """
     layers = layer_options(candidates)
     if minimum <= 0:
         return Selection.of((), optimal=True)
+    if maximum is not None and maximum < minimum:
+        raise ConfigError(
+            f"maximum must not be below minimum, got {maximum:,} and {minimum:,} parameters."
+        )
     attention_limit = len(layers) if max_attention_removed is None else max_attention_removed
     bounds = CostBounds(layers, minimum=minimum, maximum=maximum, attention_limit=attention_limit)
     seed = greedy(
         candidates, minimum=minimum, maximum=maximum, max_attention_removed=attention_limit
     )
-    chosen = seed.chosen if seed else None
+    chosen = list(seed.chosen) if seed else None
     # A selection must be cheaper than this by more than a tie.
     cutoff = seed.cost * (1 - _TIE) if seed else math.inf
     stack: list[tuple[float, int, int, float, int, _Path]] = [
@@ -104,7 +113,7 @@ def depth_first(
             bound = total + bounds.completion(*child)
             if bound < cutoff:
                 children.append((bound, *child[:2], total, child[2], (option, path)))
-        # The most promising last, to be popped first; Python's sort keeps the options' order among equals.
+        # The most promising last, to be popped first; equals stay in the order of the options.
         children.sort(key=lambda node: node[0])
         stack.extend(reversed(children))
 
@@ -142,6 +151,6 @@ def _no_selection(
     found = "frees" if nodes is None else f"was found within {nodes:,} search nodes that frees"
     return BudgetError(
         f"no selection of whole blocks and sub-blocks {found} {wanted} parameters, with at most "
-        f"{attention_limit} layers without attention; the nearest sizes that can be freed are {nearest}. Ask "
-        "for one of these, widen the tolerance, or allow more granularities."
+        f"{attention_limit} layers without attention; the nearest sizes that can be freed are "
+        f"{nearest}. Ask for one of these, widen the tolerance, or allow more granularities."
     )

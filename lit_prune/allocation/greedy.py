@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from typing import TYPE_CHECKING
 
 from lit_prune.allocation.search import Candidate, Selection, checked, stable_order
@@ -18,7 +17,7 @@ def greedy(
     maximum: int | None = None,
     max_attention_removed: int | None = None,
 ) -> Selection | None:
-    """Take the lowest cost per parameter until ``minimum`` is reached, then drop what was not needed.
+    """Take the lowest cost per parameter until ``minimum``, then drop what was not needed.
 
     A block excludes its own sub-blocks and the reverse; nothing is taken back to make room.
 

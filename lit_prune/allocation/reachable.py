@@ -21,19 +21,20 @@ def reachable_totals(
 ) -> tuple[int | None, int | None, bool]:
     """Find the totals nearest to ``target`` when one number is chosen from each list.
 
-    A bitset holds all sums at once, in units of the greatest common divisor: exact. Where that is too large
-    (many options with a tiny divisor), each number is rounded to the nearest of ``total / 20000``. What is
-    returned is a sum of real options even then, only not surely the nearest.
+    A bitset holds all sums at once, in units of the greatest common divisor: exact. Where that is
+    too large (many options with a tiny divisor), each number is rounded to the nearest of ``total /
+    20000``. What is returned is a sum of real options even then, only not surely the nearest.
 
     Args:
-        options: For each decision, the parameter counts that it may remove; >= 0, none of the lists empty.
+        options: For each decision, the parameter counts that it may remove; >= 0, none of the lists
+            empty.
         target: Parameters to remove.
         tolerance: Largest accepted distance from ``target``, parameters.
         total: Parameters that the ratio is a fraction of; sets the width of the buckets.
 
     Returns:
-        Nearest reachable total at or below the target, nearest at or above (None where there is none), and
-        whether one of them is within ``tolerance``.
+        Nearest reachable total at or below the target, nearest at or above (None where there is
+        none), and whether one of them is within ``tolerance``.
 
     Raises:
         ConfigError: If a list is empty or a count negative.
@@ -56,18 +57,20 @@ def nearest_totals(
     total: int,
     most: int | None = None,
 ) -> tuple[int | None, int | None]:
-    """Like `reachable_totals`, for a gap: the nearest totals at or below ``below``, at or above ``above``.
+    """Like `reachable_totals`, around a gap: at or below ``below``, at or above ``above``.
 
-    Each option is (parameters, 0 or 1); the second numbers of the chosen options may add up to ``most``.
+    Each option is (parameters, 0 or 1); the second numbers of the chosen options may add up to
+    ``most``.
 
     Example:
-        >>> nearest_totals([[(0, 0), (40, 1)], [(0, 0), (25, 1)]], below=30, above=50, total=100, most=1)
+        >>> options = [[(0, 0), (40, 1)], [(0, 0), (25, 1)]]
+        >>> nearest_totals(options, below=30, above=50, total=100, most=1)
         (25, None)
     """
     lists = [sorted(set(choices)) for choices in options]
     if any(not choices or choices[0][0] < 0 for choices in lists):
         raise ConfigError("each decision needs at least one option, and no option may be negative.")
-    # Bit (t * stride + k) of prefix[i]: the first i decisions can add up to t units and to k at once.
+    # Bit (t * stride + k) of prefix[i]: the first i decisions can add up to t units and k.
     stride = 1 if most is None else len(lists) + 1
     divisor = math.gcd(*(size for choices in lists for size, _ in choices)) or 1
     bits = stride * (sum(choices[-1][0] for choices in lists) // divisor + 1)

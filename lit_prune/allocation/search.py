@@ -1,9 +1,10 @@
-"""What the searches choose from, and what they return: whole blocks and sub-blocks (paper A, Eqs. 5-6)."""
+"""What the searches choose from, and what they return: whole blocks and sub-blocks (Eqs. 5-6)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lit_prune.errors import ConfigError, ScoreError
@@ -21,8 +22,8 @@ class Candidate:
     Attributes:
         name: For messages: "layer 3", "layer 3 attention", "layer 3 mlp".
         layer: Index of its decoder layer.
-        kind: What goes. A block counts as losing its attention: where the attention is gone already, offer
-            the rest as ``"mlp"``.
+        kind: What goes. A block counts as losing its attention: where the attention is gone
+            already, offer the rest as ``"mlp"``.
         cost: Transfer entropy, nats, finite and non-negative.
         size: Parameters that its removal frees.
     """
@@ -43,7 +44,8 @@ class Selection:
         cost: Sum of the chosen costs, nats.
         size: Sum of the chosen sizes, parameters.
         optimal: Whether ``cost`` is proven the least possible (to 1e-12, relative).
-        bound: Best proven lower bound on the least possible cost, nats; ``cost`` itself if ``optimal``.
+        bound: Best proven lower bound on the least possible cost, nats; ``cost`` itself if
+            ``optimal``.
         nodes: Nodes of the search tree that were expanded; 0 for the greedy solution.
 
     Example:
@@ -83,7 +85,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerOption:
-    """One of the things that can happen to a layer: nothing, attention, MLP, both, or the block as one."""
+    """One of the things that can happen to a layer: nothing, a half, both halves, the block."""
 
     chosen: tuple[Candidate, ...]
     cost: float
@@ -106,23 +108,27 @@ def checked(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     ordered = tuple(sorted(candidates, key=stable_order))
     for candidate in ordered:
         if not 0 <= candidate.cost < math.inf:  # also false for NaN
-            raise ScoreError(f"cost of {candidate.name} is {candidate.cost}; expected finite and >= 0 (nats).")
+            raise ScoreError(
+                f"cost of {candidate.name} is {candidate.cost}; expected finite and >= 0 (nats)."
+            )
         if candidate.size < 0 or candidate.kind not in get_args(CandidateKind):
             raise ConfigError(
-                f"{candidate.name}: expected a size >= 0 and a kind of {get_args(CandidateKind)}, got "
-                f"{candidate.size} and {candidate.kind!r}."
+                f"{candidate.name}: expected a size >= 0 and a kind of {get_args(CandidateKind)}, "
+                f"got {candidate.size} and {candidate.kind!r}."
             )
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if stable_order(one) == stable_order(other):
-            raise ConfigError(f"{one.name} and {other.name} are the same {one.kind} of layer {one.layer}.")
+            raise ConfigError(
+                f"{one.name} and {other.name} are the same {one.kind} of layer {one.layer}."
+            )
     return ordered
 
 
 def layer_options(candidates: Sequence[Candidate]) -> list[list[LayerOption]]:
     """For each layer that has candidates, what can happen to it; "nothing" comes first.
 
-    Of options that free the same size and agree about the attention, only the cheapest is of use: removing
-    a block and removing its two halves is the same edit with two measured costs.
+    Of options that free the same size and agree about the attention, only the cheapest is of use:
+    removing a block and removing its two halves is the same edit with two measured costs.
 
     Example:
         >>> a = Candidate(name="a", layer=0, kind="attention", cost=1.0, size=4)

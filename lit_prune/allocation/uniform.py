@@ -6,10 +6,10 @@ from lit_prune.errors import ConfigError
 
 
 def uniform_counts(num_units: int, ratio: float, *, minimum_kept: int, multiple: int) -> int:
-    """Number of units to keep so that the removed fraction is as near to ``ratio`` as the rules allow.
+    """Number of units to keep: the removed fraction as near to ``ratio`` as the rules allow.
 
-    What may be kept: a multiple of ``multiple`` that is at least ``minimum_kept``, or all units. Of two
-    equally near counts the larger is kept.
+    What may be kept: a multiple of ``multiple`` that is at least ``minimum_kept``, or all units. Of
+    two equally near counts the larger is kept.
 
     Args:
         num_units: Units (KV groups or channels) that the sub-block has.

@@ -44,12 +44,12 @@ class Batch:
     Attributes:
         input_ids: ``[rows, tokens]``, 0 where there is padding.
         attention_mask: ``[rows, tokens]``, bool.
-        scored: ``[rows, tokens]``, bool; as `Row.scored`.
+        label_mask: ``[rows, tokens]``, bool; True where perplexity counts the token.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    scored: Tensor
+    label_mask: Tensor
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Return keyword arguments for the model; no mask where nothing is padded (faster attention)."""

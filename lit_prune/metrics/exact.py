@@ -18,9 +18,8 @@ class ExactMetric(Metric):
 
     A metric that is an attribute of a LightningModule is a sub-module of it, so
     ``module.to(torch.bfloat16)`` and ``Trainer(precision="bf16-true")`` turn torchmetrics' float64
-    states into bfloat16 (``.half()`` does not; reference/ecosystem.md, P10). A sum of 10^5 tokens
-    then stops growing at 256 units in the last place. Here `set_dtype` and all dtype conversions
-    leave the states alone.
+    states into bfloat16 (``.half()`` does not; reference/ecosystem.md, P10), in which a sum of ones
+    stops at 256. Here `set_dtype` and all dtype conversions leave the states alone.
 
     Example:
         >>> class Total(ExactMetric):

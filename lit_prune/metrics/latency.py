@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-# Below three repetitions an interquartile range says nothing, and everything would look like a
-# speed-up.
+# With one repetition the range is zero, and any difference would look like a speed-up.
 _LEAST_REPETITIONS = 3
 
 
@@ -118,14 +117,10 @@ class Latency(ExactMetric):
 
 
 def _median_and_spread(seconds: list[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-    # torchmetrics leaves a list on one process and one tensor after a merge over ranks
-    values = (
-        seconds
-        if isinstance(seconds, Tensor)
-        else torch.cat([torch.zeros(0, dtype=torch.float64), *seconds])
-    )
-    if not len(values):
+    if not len(seconds):
         raise ConfigError("no repetition was measured; call update at least once before compute.")
+    # torchmetrics leaves a list on one process and one tensor after a merge over ranks
+    values = seconds if isinstance(seconds, Tensor) else torch.cat(seconds)
     low, median, high = torch.quantile(values, values.new_tensor([0.25, 0.5, 0.75]))
     return median, high - low
 

@@ -80,9 +80,8 @@ def scored_tokens(
     """Say which tokens perplexity scores.
 
     A token is scored where it and its predecessor are real and it is kept. The first real token of
-    a row is never
-    scored: nothing real predicts it (under left padding its predecessor is padding, whose logits
-        mean nothing).
+    a row is never scored: nothing real predicts it (under left padding its predecessor is padding,
+    whose logits mean nothing).
 
     Args:
         input_ids: ``[batch, tokens]``.

@@ -62,6 +62,8 @@ def measure_peak(model: nn.Module, input_ids: Tensor) -> PeakMemory:
     device = next(model.parameters()).device
     input_ids = input_ids.to(device)
     if device.type == "cuda":
+        # the first forward of a process also allocates cuBLAS workspaces, which stay
+        model(input_ids=input_ids, use_cache=False)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)

@@ -256,11 +256,15 @@ def _one_rank(rank, folder, batch):
 
 
 @pytest.mark.ddp
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_equal_one(batch, tmp_path):
     logits, ids, mask, labels = batch
     whole = Perplexity()
     whole.update(logits, ids, attention_mask=mask, labels=labels)
-    torch.multiprocessing.spawn(_one_rank, args=(tmp_path, batch), nprocs=2)
+    # fork: a fresh interpreter spends ten seconds on imports, and these children run one thread
+    torch.multiprocessing.start_processes(
+        _one_rank, args=(tmp_path, batch), nprocs=2, start_method="fork"
+    )
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
     expected = asdict(whole.result())

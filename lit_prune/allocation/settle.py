@@ -1,0 +1,105 @@
+"""Meeting the ratio exactly: the last parameters, unit by unit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lit_prune.errors import ScoreError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy.typing as npt
+
+    from lit_prune.allocation.budget import Budget
+    from lit_prune.decoder import SubBlock
+
+
+class Ranking:
+    """The order in which the units of each sub-block leave: lowest score first, ties by index.
+
+    Args:
+        scores: Score of each unit, by ``(layer, kind)``, finite; higher means keep.
+        widths: Columns that one unit owns; a step is judged by its mean score for each column, so that KV groups
+            (whose score sums over many columns) and channels can be compared.
+
+    Raises:
+        ScoreError: If a score is not finite; names the first one.
+    """
+
+    def __init__(self, scores: Mapping[SubBlock, npt.NDArray[np.float64]], widths: Mapping[SubBlock, int]) -> None:
+        self._order: dict[SubBlock, npt.NDArray[np.intp]] = {}
+        self._sums: dict[SubBlock, npt.NDArray[np.float64]] = {}
+        for place, values in scores.items():
+            if not np.isfinite(values).all():
+                unit = int(np.flatnonzero(~np.isfinite(values))[0])
+                raise ScoreError(f"score of unit {unit} of layer {place[0]} {place[1]} is {values[unit]}.")
+            order = np.argsort(values, kind="stable")
+            self._order[place] = order
+            self._sums[place] = np.concatenate([[0.0], np.cumsum(values[order] / widths[place])])
+
+    def kept(self, place: SubBlock, count: int) -> tuple[int, ...]:
+        """Return the ``count`` highest-scored units, ascending by index."""
+        order = self._order[place]
+        return tuple(sorted(int(unit) for unit in order[len(order) - count :]))
+
+    def step_score(self, place: SubBlock, more: int, fewer: int) -> float:
+        """Return the mean score for each column of the units between keeping ``more`` and keeping ``fewer``."""
+        units, sums = len(self._order[place]), self._sums[place]
+        return float(sums[units - fewer] - sums[units - more]) / (more - fewer)
+
+
+def settle(budget: Budget, counts: dict[SubBlock, int], ranking: Ranking) -> dict[SubBlock, int]:
+    """Top up or trim until no single step comes nearer to the ratio.
+
+    Too little removed: the lowest-scored channels of all layers leave, then KV groups. Too much: the highest-scored
+    removed units of all layers come back, then units of sub-blocks that had been removed whole. One step goes from
+    one allowed count of a sub-block to the next. How the paper closes the last deviation is not published: this is
+    our reconstruction.
+
+    Args:
+        budget: Target and allowed counts.
+        counts: Kept units by ``(layer, kind)``.
+        ranking: In which order units leave.
+
+    Returns:
+        New counts; ``counts`` is not changed.
+    """
+    counts = dict(counts)
+    deficit = budget.deficit(counts)
+    for _ in range(sum(len(allowed) for allowed in budget.allowed.values())):
+        lower = deficit > 0
+        best: tuple[int, float, SubBlock, int, float] | None = None
+        for place, count in counts.items():
+            to = _next(budget.allowed[place], count, lower=lower)
+            if to is None or (count == 0 and not _may_reopen(budget, counts, place)):
+                continue
+            after = budget.deficit({**counts, place: to})
+            if abs(after) >= abs(deficit):
+                continue
+            score = ranking.step_score(place, max(count, to), min(count, to))
+            # channels before KV groups when removing; partial sub-blocks before reopened ones when restoring
+            tier = int(place[1] == "attention") if lower else int(count == 0)
+            key = (tier, score if lower else -score, place, to, after)
+            if best is None or key < best:
+                best = key
+        if best is None:
+            break
+        _, _, place, to, deficit = best
+        counts[place] = to
+    return counts
+
+
+def _next(allowed: tuple[int, ...], count: int, *, lower: bool) -> int | None:
+    """Return the next allowed count; whole sub-blocks are the search's to remove, not a step's."""
+    if lower:
+        return max((c for c in allowed if 0 < c < count), default=None)
+    return min((c for c in allowed if c > count), default=None)
+
+
+def _may_reopen(budget: Budget, counts: Mapping[SubBlock, int], place: SubBlock) -> bool:
+    """Without the sub-block granularity a block is removed whole or not at all: half of it may not come back."""
+    others = [count for other, count in counts.items() if other[0] == place[0] and other != place]
+    return "sub_block" in budget.config.granularities or not others or all(others)
