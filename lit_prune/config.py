@@ -161,13 +161,22 @@ class PruningConfig:
             Traceback (most recent call last):
             lit_prune.errors.ConfigError: unknown option 'presett'; did you mean 'preset'?
         """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(options) - known):
-            hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
-            raise ConfigError(f"unknown option {unknown[0]!r}{hint}")
+        refuse_unknown(options)
         if "pruning_ratio" not in options:
             raise ConfigError("pruning_ratio is missing: the fraction of decoder parameters to remove, e.g. 0.3.")
         return cls(**options)
+
+
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Refuse keywords that are no field of `PruningConfig`.
+
+    Raises:
+        ConfigError: Names the first unknown key and the nearest known one.
+    """
+    known = {field.name for field in fields(PruningConfig)}
+    if unknown := sorted(set(options) - known):
+        hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
+        raise ConfigError(f"unknown option {unknown[0]!r}{hint}")
 
 
 def _is_integer(value: object) -> bool:

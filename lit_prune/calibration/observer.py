@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
-from lit_prune.calibration.rows import Row
+from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
-from lit_prune.decoder import KINDS, DecoderParts, SubBlockKind
+from lit_prune.decoder import KINDS, DecoderParts, SubBlock, fingerprint
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
-Probed = tuple[int, SubBlockKind]
+Probed = SubBlock  # the sub-block whose output projection is probed
 
 
 class Observer:
@@ -38,6 +39,7 @@ class Observer:
         moments: Moments of the inputs of every output projection.
         num_batches: Forwards observed.
         notes: What the report should say about the text, each once.
+        paused: True to pass over forwards for a while (another validation loader, say).
     """
 
     def __init__(self, model: PreTrainedModel, *, max_tokens: int) -> None:
@@ -48,6 +50,7 @@ class Observer:
         self.num_batches = 0
         self.num_tokens = 0
         self.notes: list[str] = []
+        self.paused = False
         self._handles: list[RemovableHandle] = []
         self._selected: Tensor | None = None  # [batch, tokens], bool, while a forward is being observed
         self._arriving: dict[str, Row] = {}
@@ -82,9 +85,21 @@ class Observer:
         self._handles.clear()
         self._selected = None
 
+    def unit_moments(self) -> dict[Probed, tuple[Tensor, Tensor]]:
+        """Return mean and variance of every probed input, ``[width]`` each; empty without a calibrate-side token."""
+        if not all(metric.count for metric in self.moments.values()):
+            return {}
+        found = {probed: metric.compute() for probed, metric in self.moments.items()}
+        return {probed: (mean.cpu(), variance.cpu()) for probed, (mean, variance) in found.items()}
+
+    def calibration(self) -> Calibration:
+        """Return what was seen, before any replay."""
+        rows = RowSet.of(self.rows.values())
+        return Calibration(fingerprint(self.model), rows, self.unit_moments(), notes=tuple(self.notes))
+
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected, self._pending, self._arriving = None, {}, {}
-        if kwargs.get("past_key_values") is not None or self.num_tokens >= self.max_tokens:
+        if self.paused or kwargs.get("past_key_values") is not None or self.num_tokens >= self.max_tokens:
             return
         inputs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         place = f"forward {self.num_batches}"

@@ -102,11 +102,12 @@ def _put_in_place(temporary: Path, target: Path, *, overwrite: bool) -> None:
         sync(target.parent)
         return
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    target.rename(old)
     try:
+        target.rename(old)
         temporary.rename(target)
     except BaseException:
-        old.rename(target)
+        if old.exists() and not os.path.lexists(target):
+            old.rename(target)
         raise
     sync(target.parent)
     try:

@@ -1,0 +1,17 @@
+"""What people look at: figures as values, and where they appear in TensorBoard."""
+
+from lit_prune.views.before_after import before_after
+from lit_prune.views.kept_units import kept_units
+from lit_prune.views.tensorboard import MetricLogger, log_report, log_unit_entropy
+from lit_prune.views.transfer import transfer_entropy
+from lit_prune.views.unit_entropy import unit_entropy_heatmap
+
+__all__ = [
+    "MetricLogger",
+    "before_after",
+    "kept_units",
+    "log_report",
+    "log_unit_entropy",
+    "transfer_entropy",
+    "unit_entropy_heatmap",
+]

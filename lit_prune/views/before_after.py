@@ -34,7 +34,7 @@ def before_after(report: PruningReport) -> Figure:
     rows = report.rows
     figure = new_figure(12, 0.42 * max(len(rows), 2) + 2.2, "Before and after pruning")
     axes = figure.add_subplot()
-    figure.supxlabel(textwrap.fill(report.headline(), 140), fontsize=9)
+    axes.set_title(textwrap.fill(report.headline(), 95), fontsize=9, pad=10)
     for y, row in enumerate(rows):
         if row.ratio is not None and math.isfinite(row.ratio):
             length = min(row.ratio, _LONGEST_BAR)
@@ -52,7 +52,13 @@ def before_after(report: PruningReport) -> Figure:
             )
         else:
             axes.annotate(
-                "not compared", (0, y), (5, 0), textcoords="offset points", va="center", color=GREY
+                "not compared",
+                (0, y),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=GREY,
             )
     axes.axvline(1, color="black", linewidth=1, linestyle="--")
     axes.set_xlim(0, _LONGEST_BAR * 1.12)
