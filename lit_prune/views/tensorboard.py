@@ -18,9 +18,9 @@
 | ``plan/json`` | text | the plan as JSON, one line for each layer |
 | HPARAMS tab | hparams | the request as ``prune/<option>``, ratios and qualities as metrics |
 
-``<key>`` is `ReportRow.key`. A row that was not measured, or is not finite, has no scalar; a score that
-was not measured has no image. Scalars go to every logger, the rest only to loggers whose ``experiment``
-takes figures and text.
+``<key>`` is `ReportRow.key`. A row that was not measured, or is not finite, has no scalar; a score
+that was not measured has no image. Scalars go to every logger, the rest only to loggers whose
+``experiment`` takes figures and text.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_prune.views.before_after import before_after
+from lit_prune.views.hparams import write_hparams
 from lit_prune.views.kept_units import kept_units
 from lit_prune.views.transfer import transfer_entropy
 from lit_prune.views.unit_entropy import unit_entropy_heatmap
@@ -112,13 +113,13 @@ def log_report(
 
     def show(logger: MetricLogger) -> None:
         logger.log_metrics(scalars, step=step)
-        writer = getattr(logger, "experiment", None)
+        writer: Any = getattr(logger, "experiment", None)
         if not hasattr(writer, "add_figure") or not hasattr(writer, "add_text"):
             _log.info("%s shows scalars only; pictures and texts need TensorBoard", _name(logger))
             return
         for tag, text in texts.items():
             writer.add_text(tag, text, step)
-        _write_hparams(writer, report, scalars, getattr(logger, "hparams", None), step)
+        write_hparams(writer, report, scalars, getattr(logger, "hparams", None), step)
         _write_figures(writer, draw, step)
         if hasattr(writer, "flush"):
             writer.flush()
@@ -160,8 +161,10 @@ def report_scalars(report: PruningReport) -> dict[str, float]:
     Example:
         >>> from lit_prune.report import PruningReport, ReportRow
         >>> row = ReportRow(key="mean_nll", label="NLL", unit="nats", before=2.0, after=3.0)
-        >>> report_scalars(PruningReport(requested_ratio=0.3, achieved_ratio=0.3, total_ratio=0.2,
-        ...     preset="paper", plan_digest="", dry_run=False, rows=(row,)))["quality/mean_nll/ratio"]
+        >>> report = PruningReport(
+        ...     requested_ratio=0.3, achieved_ratio=0.3, total_ratio=0.2, preset="paper",
+        ...     plan_digest="", dry_run=False, rows=(row,))
+        >>> report_scalars(report)["quality/mean_nll/ratio"]
         1.5
     """
     ratios = (report.requested_ratio, report.achieved_ratio, report.total_ratio)
@@ -198,47 +201,6 @@ def _write_figures(writer: Any, draw: dict[str, Callable[[], Figure]], step: int
     for tag in IMAGES:
         if tag in draw:
             writer.add_figure(tag, draw[tag](), step, close=False)  # not pyplot's: nothing to close
-
-
-def _write_hparams(
-    writer: Any,  # noqa: ANN401 - a SummaryWriter, or something that looks like it
-    report: PruningReport,
-    scalars: dict[str, float],
-    users: object,
-    step: int,
-) -> None:
-    """Write the request and what came of it for TensorBoard's HPARAMS tab, into the run itself.
-
-    `SummaryWriter.add_hparams` would open a second run beside it. TensorBoard reads the first hparams of
-    a run only: where the module's own came first (``save_hyperparameters``), it goes on showing those.
-    """
-    from torch.utils.tensorboard.summary import hparams
-
-    file = writer._get_file_writer() if hasattr(writer, "_get_file_writer") else None
-    if file is None:  # the placeholder of a fast_dev_run
-        return
-    own = {f"prune/{name}": _primitive(value) for name, value in report.config.items()}
-    theirs = users if isinstance(users, dict) else {}
-    if theirs:
-        _log.info(
-            "the module's hyperparameters come first in the HPARAMS tab; see plan/json for ours"
-        )
-    plain = {k: v for k, v in theirs.items() if isinstance(v, (bool, int, float, str))}
-    wanted = {
-        tag: value
-        for tag, value in scalars.items()
-        if tag == "prune/achieved_ratio"
-        or (tag.startswith("quality/") and tag.endswith("/after"))
-        or (tag.startswith("cost/") and tag.endswith("/ratio"))
-    }
-    for summary in hparams({**plain, **own}, wanted):
-        file.add_summary(summary, step)
-
-
-def _primitive(value: object) -> bool | int | float | str:
-    if isinstance(value, (bool, int, float, str)):
-        return value
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _guarded(act: Callable[[MetricLogger], None], logger: MetricLogger) -> None:
