@@ -1,4 +1,4 @@
-"""One request, checked at construction: how much to prune, by which method, with which of its open choices."""
+"""One request, checked at construction: how much to prune, by which method and options."""
 
 from __future__ import annotations
 
@@ -19,45 +19,59 @@ RATIO_TOLERANCE = 0.005
 class PruningConfig:
     """What to prune and how. Every field is JSON-able; an unknown one is refused.
 
-    The choices under "method" are those that the ICML 2025 paper's published text leaves open; the defaults are our
-    reconstruction, and each value is recorded in the plan.
+    The choices under "method" are those that the ICML 2025 paper's published text leaves open; the
+    defaults are our reconstruction, and each value is recorded in the plan.
 
     Attributes:
-        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1). Embeddings and head do not count.
+        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1). Embeddings and
+            head do not count.
         preset: Method: ``paper`` is our reconstruction of Yang et al., ICML 2025.
-        allocator: ``depth_first`` (the paper's search), ``greedy`` in its place, or ``uniform``: the same number of
-            units from every layer, no block removed, transfer entropy not needed.
-        granularities: What may be removed: whole ``block``, whole attention or MLP (``sub_block``), ``kv_group``,
-            ``channel``. What may go whole is also what transfer entropy is measured of.
+        allocator: ``depth_first`` (the paper's search), ``greedy`` in its place, or ``uniform``:
+            the same number of units from every layer, no block removed, transfer entropy not
+            needed.
+        granularities: What may be removed: whole ``block``, whole attention or MLP (``sub_block``),
+            ``kv_group``, ``channel``. What may go whole is also what transfer entropy is measured
+            of.
         protected_layers: Decoder layers that stay as they are, by index.
-        channel_multiple: Kept MLP channels are a multiple of this (or all). None: 64, less on small models where 64
-            channels are too coarse a step for the ratio; the plan records the value.
+        channel_multiple: Kept MLP channels are a multiple of this (or all). None: 64, less on small
+            models where 64 channels are too coarse a step for the ratio; the plan records the
+            value.
         min_kv_groups: Least KV groups that an attention keeps (unless it is removed whole).
         compensation: ``mean`` puts the mean output of what was cut into a bias; ``none`` does not.
-        language_model: Path of the causal language model inside the module; None finds the only one.
+        language_model: Path of the causal language model inside the module; None finds the only
+            one.
 
-        estimator: Method. Entropy of the final hidden state: ``logstd_sum``, ``std_sum`` or ``logdet``.
+        estimator: Method. Entropy of the final hidden state: ``logstd_sum``, ``std_sum`` or
+            ``logdet``.
         entropy_floor: Method. Added to a standard deviation before its logarithm.
-        transfer_target: Method. Where the final hidden state is read: ``after_norm`` or ``before_norm``.
-        ratio_map: Method. From transfer entropy to a ratio for each block: ``softmax``, ``inverse``, ``rank`` or
-            ``zscore``.
+        transfer_target: Method. Where the final hidden state is read: ``after_norm`` or
+            ``before_norm``.
+        ratio_map: Method. From transfer entropy to a ratio for each block: ``softmax``,
+            ``inverse``, ``rank`` or ``zscore``.
         ratio_temperature: Method. Temperature of ``softmax``.
         ratio_strength: Method. Slope of ``rank`` and ``zscore``.
-        num_clusters: Method. K of K-means. None: 3 up to a ratio of 0.35, 6 from 0.45, between them whichever of the
-            two is better on the choose text.
-        clustering: Method. ``kmeans`` (scikit-learn, fixed seed) or ``exact`` (one-dimensional dynamic programme).
+        num_clusters: Method. K of K-means. None: 3 up to a ratio of 0.35, 6 from 0.45, between them
+            whichever of the two is better on the choose text.
+        clustering: Method. ``kmeans`` (scikit-learn, fixed seed) or ``exact`` (one-dimensional
+            dynamic programme).
         kv_group_score: Method. ``sum`` or ``mean`` of the entropies of a KV group's channels.
-        cap_clusters: Method. A block loses never more units than its ratio allows; the search takes the shortfall.
-        stage_order: Method. ``fine_first``: clusters, then the search for what is left over; ``coarse_first``:
-            blocks whose ratio is nearly 1 go first, then clusters, then the search.
-        exact_hit: Method. How the last deviation from the ratio is closed: ``units`` (lowest-entropy channels of all
-            layers), ``cluster`` (the next cluster of a layer, then units).
-        removed_mean: Method. ``add`` the mean output of a whole removed sub-block as a constant, or ``drop`` it.
-        search_tolerance: Method. Fraction of the decoder parameters that the search may leave to single channels.
+        cap_clusters: Method. A block loses never more units than its ratio allows; the search takes
+            the shortfall.
+        stage_order: Method. ``fine_first``: clusters, then the search for what is left over;
+            ``coarse_first``: blocks whose ratio is nearly 1 go first, then clusters, then the
+            search.
+        exact_hit: Method. How the last deviation from the ratio is closed: ``units``
+            (lowest-entropy channels of all layers), ``cluster`` (the next cluster of a layer, then
+            units).
+        removed_mean: Method. ``add`` the mean output of a whole removed sub-block as a constant, or
+            ``drop`` it.
+        search_tolerance: Method. Fraction of the decoder parameters that the search may leave to
+            single channels.
         node_limit: Nodes that the depth-first search may visit.
         seed: Seed of K-means.
 
-        max_calibration_tokens: Stop observing after this many real tokens (128 samples of 2048 in the paper).
+        max_calibration_tokens: Stop observing after this many real tokens (128 samples of 2048 in
+            the paper).
         min_calibration_tokens: Refuse to calibrate on fewer real tokens.
         replay_batch_tokens: Tokens of one replayed forward: lower it when memory is short.
         latency_prompt_tokens: Prompt of the latency measurement; 0 skips it.
@@ -120,8 +134,9 @@ class PruningConfig:
                 raise ConfigError(f"{field} must be one of {list(get_args(hint))}, got {value!r}.")
         if unknown := [g for g in self.granularities if g not in get_args(Granularity)]:
             raise ConfigError(
-                f"granularities has {unknown[0]!r}{did_you_mean(str(unknown[0]), get_args(Granularity))}; "
-                f"known are {list(get_args(Granularity))}."
+                "granularities has "
+                f"{unknown[0]!r}{did_you_mean(str(unknown[0]), get_args(Granularity))}; known are "
+                f"{list(get_args(Granularity))}."
             )
         if not self.granularities:
             raise ConfigError("granularities is empty: nothing could be removed.")
@@ -129,7 +144,9 @@ class PruningConfig:
             if self.__dataclass_fields__[name].type in ("int", "int | None"):
                 self._check_integer(name)
         if any(not _is_integer(layer) for layer in self.protected_layers):
-            raise ConfigError(f"protected_layers must be layer indices, got {list(self.protected_layers)}.")
+            raise ConfigError(
+                f"protected_layers must be layer indices, got {list(self.protected_layers)}."
+            )
         for name in ("entropy_floor", "ratio_temperature"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}.")
@@ -163,7 +180,9 @@ class PruningConfig:
         """
         refuse_unknown(options)
         if "pruning_ratio" not in options:
-            raise ConfigError("pruning_ratio is missing: the fraction of decoder parameters to remove, e.g. 0.3.")
+            raise ConfigError(
+                "pruning_ratio is missing: the fraction of decoder parameters to remove, e.g. 0.3."
+            )
         return cls(**options)
 
 
@@ -191,6 +210,6 @@ def _check_ratio(ratio: object) -> None:
     if number and 1.0 < ratio <= 100.0:  # type: ignore[operator]
         hint = f"for {ratio:g} % pass {ratio / 100:g}"  # type: ignore[operator]
     raise ConfigError(
-        f"pruning_ratio must be a number in [0, 1), got {ratio!r}. It is the fraction of decoder parameters that is "
-        f"removed: {hint}."
+        f"pruning_ratio must be a number in [0, 1), got {ratio!r}. It is the fraction of decoder "
+        f"parameters that is removed: {hint}."
     )

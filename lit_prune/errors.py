@@ -14,7 +14,7 @@ class LitPruneError(Exception):
 
 
 class ConfigError(LitPruneError, ValueError):
-    """A request that cannot be meant: a wrong value, an unknown option, a layer that does not exist."""
+    """A request that cannot be meant: a wrong value, an unknown option, a missing layer."""
 
 
 class UnsupportedModelError(LitPruneError, NotImplementedError):
@@ -38,7 +38,7 @@ class PlanMismatchError(LitPruneError, ValueError):
 
 
 class SurgeryError(LitPruneError, RuntimeError):
-    """Surgery that failed, or whose result is not the model that was planned. The model is unchanged."""
+    """Surgery that failed, or whose result is not what was planned. The model is unchanged."""
 
 
 class ArtifactError(LitPruneError, OSError):

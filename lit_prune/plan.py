@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import PlanMismatchError
@@ -37,7 +38,8 @@ class PruningPlan:
     Attributes:
         model_fingerprint: `DecoderSpec.fingerprint` of the model that the plan was made for.
         layers: One entry for each decoder layer of that model, in order.
-        provenance: How it came about (request, method, calibration, versions); not part of the digest.
+        provenance: How it came about (request, method, calibration, versions); not part of the
+            digest.
 
     Example:
         >>> plan = PruningPlan("abc", (LayerPlan(0, (0, 1), (0, 2, 5)),))
@@ -76,17 +78,21 @@ class PruningPlan:
         """Read what `to_json` wrote.
 
         Raises:
-            PlanMismatchError: If a key is missing, unknown or of the wrong type, the schema is newer, or the
-                digest does not belong to the kept units.
+            PlanMismatchError: If a key is missing, unknown or of the wrong type, the schema is
+                newer, or the digest does not belong to the kept units.
         """
         try:
-            raw = json.loads(text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+            raw = json.loads(
+                text, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+            )
         except (ValueError, RecursionError) as error:
             raise PlanMismatchError(f"plan is not valid JSON: {error}.") from error
         known = {"schema_version", "model_fingerprint", "layers", "digest", "provenance"}
         if not isinstance(raw, dict) or not known - {"digest", "provenance"} <= set(raw) <= known:
             got = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-            raise PlanMismatchError(f"plan must be an object with the keys {sorted(known)}, got {got}.")
+            raise PlanMismatchError(
+                f"plan must be an object with the keys {sorted(known)}, got {got}."
+            )
         if not _is_int(raw["schema_version"]) or raw["schema_version"] > SCHEMA_VERSION:
             raise PlanMismatchError(
                 f"plan has schema_version {raw['schema_version']!r}; this lit_prune reads up to "
@@ -101,7 +107,8 @@ class PruningPlan:
         plan = cls(raw["model_fingerprint"], layers, raw["schema_version"], provenance)
         if "digest" in raw and raw["digest"] != plan.digest:
             raise PlanMismatchError(
-                f"plan was altered: its digest is {raw['digest']!r}, its kept units hash to {plan.digest}."
+                f"plan was altered: its digest is {raw['digest']!r}, its kept units hash to "
+                f"{plan.digest}."
             )
         return plan
 
@@ -119,7 +126,9 @@ class PruningPlan:
         return cls(spec.fingerprint, layers)
 
     def validate(self, spec: DecoderSpec) -> None:
-        """Refuse a plan that does not fit ``spec``; what passes cannot fail in surgery for its content.
+        """Refuse a plan that does not fit ``spec``.
+
+        What passes cannot fail in surgery for its content.
 
         Raises:
             PlanMismatchError: Names the first difference.
@@ -127,39 +136,54 @@ class PruningPlan:
         if self.model_fingerprint != spec.fingerprint:
             raise PlanMismatchError(
                 f"plan was made for a model with fingerprint {self.model_fingerprint[:12]}…, this "
-                f"{spec.model_type} model has {spec.fingerprint[:12]}…: other architecture, sizes, or already "
-                "pruned. Load the model that the plan was made for, or make a new plan."
+                f"{spec.model_type} model has {spec.fingerprint[:12]}…: other architecture, "
+                "sizes, or already pruned. Load the model that the plan was made for, or make a "
+                "new plan."
             )
         if len(self.layers) != len(spec.blocks):
-            raise PlanMismatchError(f"plan has {len(self.layers)} layers, the model {len(spec.blocks)}.")
+            raise PlanMismatchError(
+                f"plan has {len(self.layers)} layers, the model {len(spec.blocks)}."
+            )
         for position, (layer, block) in enumerate(zip(self.layers, spec.blocks, strict=True)):
             if layer.index != position:
-                raise PlanMismatchError(f"plan entry {position} is for layer {layer.index}; expected {position}.")
-            sizes = (block.attention.num_units if block.attention else 0, block.mlp.num_units if block.mlp else 0)
+                raise PlanMismatchError(
+                    f"plan entry {position} is for layer {layer.index}; expected {position}."
+                )
+            sizes = (
+                block.attention.num_units if block.attention else 0,
+                block.mlp.num_units if block.mlp else 0,
+            )
             for what, kept, size in zip(
                 ("kv_groups", "channels"), (layer.kv_groups, layer.channels), sizes, strict=True
             ):
-                if any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
-                    raise PlanMismatchError(f"{what} of layer {position} must be ascending without repeats.")
+                if any(a >= b for a, b in pairwise(kept)):
+                    raise PlanMismatchError(
+                        f"{what} of layer {position} must be ascending without repeats."
+                    )
                 if kept and not 0 <= kept[0] <= kept[-1] < size:
                     raise PlanMismatchError(
-                        f"{what} of layer {position} must lie in [0, {size}), got {kept[0]} … {kept[-1]}."
+                        f"{what} of layer {position} must lie in [0, {size}), got {kept[0]} … "
+                        f"{kept[-1]}."
                     )
         if any(b.attention for b in spec.blocks) and not any(x.kv_groups for x in self.layers):
             raise PlanMismatchError(
-                "plan removes every attention sub-block; without one there is no KV cache to count positions "
-                "by. Keep at least one KV group in one layer."
+                "plan removes every attention sub-block; without one there is no KV cache to "
+                "count positions by. Keep at least one KV group in one layer."
             )
 
 
 def _layer_from(position: int, entry: object) -> LayerPlan:
     if not isinstance(entry, dict) or set(entry) != {"index", "kv_groups", "channels"}:
-        raise PlanMismatchError(f"plan entry {position} must have index, kv_groups and channels, got {entry!r:.80}.")
+        raise PlanMismatchError(
+            f"plan entry {position} must have index, kv_groups and channels, got {entry!r:.80}."
+        )
     for what in ("kv_groups", "channels"):
         if not isinstance(entry[what], list) or not all(_is_int(x) for x in entry[what]):
             raise PlanMismatchError(f"{what} of plan entry {position} must be a list of integers.")
     if not _is_int(entry["index"]):
-        raise PlanMismatchError(f"index of plan entry {position} must be an integer, got {entry['index']!r}.")
+        raise PlanMismatchError(
+            f"index of plan entry {position} must be an integer, got {entry['index']!r}."
+        )
     return LayerPlan(entry["index"], tuple(entry["kv_groups"]), tuple(entry["channels"]))
 
 

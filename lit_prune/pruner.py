@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.allocation import Ranking, make_budget
-from lit_prune.calibration import Calibration, Row, RowSet, bypass_units, real_tokens, replay
+from lit_prune.calibration import Calibration, bypass_units, collect_rows, replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError, UnsupportedModelError
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.allocation import Budget
+    from lit_prune.calibration import RowSet
     from lit_prune.plan import PruningPlan
 
-# Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not refused.
+# Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
+# refused.
 _FEW_TOKENS = 8192
 
 
@@ -69,18 +71,19 @@ def prune(
     dry_run: bool = False,
     calibration: Calibration | None = None,
     progress: bool = True,
-    **options: Any,  # noqa: ANN401 - the fields of PruningConfig, checked there
+    **options: Any,
 ) -> PruningResult:
     """Prune a causal language model in place.
 
     Args:
-        model: A Hugging Face …ForCausalLM of a supported family, on the device where it shall be calibrated.
-        dataloader: Batches with ``input_ids [batch, tokens]`` and, where there is padding, ``attention_mask``;
-            ``labels`` of -100 leave tokens out of the perplexity. Rows are split by content into a side to calibrate
-            on, one to choose on and one to score on.
+        model: A Hugging Face …ForCausalLM of a supported family, on the device where it shall be
+            calibrated.
+        dataloader: Batches with ``input_ids [batch, tokens]`` and, where there is padding,
+            ``attention_mask``; ``labels`` of -100 leave tokens out of the perplexity. Rows are
+            split by content into a side to calibrate on, one to choose on and one to score on.
         dry_run: Stop before surgery and report what would happen.
-        calibration: A saved calibration of this model in place of ``dataloader``: planning costs no forward pass
-            then (measuring does).
+        calibration: A saved calibration of this model in place of ``dataloader``: planning costs no
+            forward pass then (measuring does).
         progress: Show progress bars (only on a terminal).
         **options: Fields of `PruningConfig`; ``pruning_ratio`` is required.
 
@@ -92,13 +95,15 @@ def prune(
         UnsupportedModelError: If the model cannot be pruned exactly.
         BudgetError: If the ratio cannot be reached; before any forward pass.
         CalibrationError: If the text or the activations are unusable.
-        SurgeryError: If the result is not what was planned. After every error the model is bit-identical.
+        SurgeryError: If the result is not what was planned. After every error the model is
+            bit-identical.
 
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=4,
-        ...     num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64))
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        ...     max_position_embeddings=64))
         >>> batches = [{"input_ids": torch.randint(64, (4, 32))} for _ in range(8)]
         >>> result = prune(model, batches, pruning_ratio=0.3, latency_prompt_tokens=0)
         >>> abs(result.report.achieved_ratio - 0.3) <= 0.005
@@ -122,40 +127,8 @@ def prune(
         apply_plan(model, planned.plan, planned.compensation)
         after = measure(model, calibration.rows, config)
         report = make_report(planned, calibration, config, before, after)
-        model.pruning_record = PruningRecord(planned.plan, report)
+        model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
     return PruningResult(planned.plan, report, calibration, planned.scores, planned.compensation)
-
-
-def collect_rows(
-    model: PreTrainedModel, dataloader: Iterable[Any], max_tokens: int
-) -> tuple[RowSet, tuple[str, ...]]:
-    """Take the real token ids from a user's batches; no forward pass.
-
-    Raises:
-        CalibrationError: If a batch is not a mapping with ``input_ids``, or its ids cannot be the model's.
-    """
-    found: dict[str, Row] = {}
-    notes: list[str] = []
-    tokens = 0
-    for number, batch in enumerate(dataloader):
-        if not hasattr(batch, "keys"):
-            inside = [list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in batch] if isinstance(batch, (list, tuple)) else ""
-            raise CalibrationError(
-                f"batch {number} is a {type(batch).__name__} {inside}; expected a mapping with input_ids and, where "
-                "there is padding, attention_mask. Wrap the loader: ({'input_ids': x, 'attention_mask': m} for x, m in "
-                "loader)."
-            )
-        real = real_tokens({key: batch[key] for key in batch.keys()}, model.config, f"batch {number}")  # noqa: SIM118
-        if real.note and real.note not in notes:
-            notes.append(real.note)
-        for i, keep in enumerate(real.mask):
-            if bool(keep.any()) and tokens < max_tokens:
-                row = Row.of(real.ids[i][keep], None if real.scored is None else real.scored[i][keep])
-                tokens += 0 if row.digest in found else len(row.ids)
-                found.setdefault(row.digest, row)
-        if tokens >= max_tokens:
-            break
-    return RowSet.of(found.values()), tuple(notes)
 
 
 def calibrate(
@@ -173,9 +146,9 @@ def calibrate(
         model: The model in its final, dense state.
         rows: The text.
         config: The request.
-        units: Moments that were observed in the validation loop on exactly these weights. They are used where
-            nothing else is needed; a replay measures them anew in its own first forward, at no extra cost and
-            independent of order and padding.
+        units: Moments that were observed in the validation loop on exactly these weights. They are
+            used where nothing else is needed; a replay measures them anew in its own first forward,
+            at no extra cost and independent of order and padding.
         notes: What the report should say about the text.
         progress: Show a bar.
 
@@ -209,7 +182,9 @@ def needed_bypasses(model: PreTrainedModel, config: PruningConfig) -> tuple[Any,
 
 
 def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> Planned:
-    """Plan from a calibration; the model is only read (and, between K = 3 and 6, judged on the choose text).
+    """Plan from a calibration.
+
+    The model is only read (and, between K = 3 and 6, judged on the choose text).
 
     Raises:
         PlanMismatchError: If the calibration belongs to another architecture.
@@ -218,14 +193,16 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
     spec = spec_for(model)
     if calibration.model_fingerprint != spec.fingerprint:
         raise PlanMismatchError(
-            f"calibration was made for a model with fingerprint {calibration.model_fingerprint[:12]}…, this one has "
-            f"{spec.fingerprint[:12]}…. Calibrate this model."
+            "calibration was made for a model with fingerprint "
+            f"{calibration.model_fingerprint[:12]}…, this one has {spec.fingerprint[:12]}…. "
+            "Calibrate this model."
         )
-    needed = {unit for unit in needed_bypasses(model, config)}
+    needed = set(needed_bypasses(model, config))
     if missing := sorted(needed - set(calibration.bypassed or {})):
         raise CalibrationError(
-            f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of {len(needed)} missing): it was made "
-            "for another request. Calibrate again with these options, or use allocator='uniform'."
+            f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of "
+            f"{len(needed)} missing): it was made for another request. Calibrate again with these "
+            "options, or use allocator='uniform'."
         )
     budget = make_budget(spec, config)
     scores = entropy_scores(spec, calibration, config)
@@ -241,7 +218,9 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
 
     def judge(plan: PruningPlan) -> float:
         with quiet(model), masked(model, plan, constants(plan)):
-            return perplexity_of(model, calibration.rows.batches("choose", config.replay_batch_tokens)).mean_nll
+            return perplexity_of(
+                model, calibration.rows.batches("choose", config.replay_batch_tokens)
+            ).mean_nll
 
     decision = preset(config.preset)(budget, scores, ranking, judge)
     provenance = {
@@ -272,17 +251,20 @@ def make_report(
         removed = dense.decoder_parameters - after.footprint.decoder_parameters
     few = []
     if calibration.num_tokens < _FEW_TOKENS:
-        few = [f"only {calibration.num_tokens} tokens to calibrate on: entropies are noisy below {_FEW_TOKENS}"]
+        few = [
+            f"only {calibration.num_tokens} tokens to calibrate on: entropies are noisy below "
+            f"{_FEW_TOKENS}"
+        ]
     fallback = [
-        f"the search stopped at its node limit: the selection is the best found, its cost proven within "
-        f"{search['transfer_entropy'] - search['bound']:.4g} nats of the optimum"
+        "the search stopped at its node limit: the selection is the best found, its cost proven "
+        f"within {search['transfer_entropy'] - search['bound']:.4g} nats of the optimum"
         for search in planned.plan.provenance["method"].get("searches", [])
         if not search["optimal"] and config.allocator == "depth_first"
     ]
     if config.channel_multiple is None and planned.budget.channel_multiple < 64:
         fallback.append(
-            f"kept channels are multiples of {planned.budget.channel_multiple}, not 64: on a model this small, 64 "
-            "would be too coarse for the ratio"
+            f"kept channels are multiples of {planned.budget.channel_multiple}, not 64: on a "
+            "model this small, 64 would be too coarse for the ratio"
         )
     return PruningReport(
         requested_ratio=config.pruning_ratio,
@@ -311,15 +293,22 @@ def refuse_non_finite_weights(model: PreTrainedModel) -> None:
         if not bool(torch.isfinite(parameter).all()):
             bad = int((~torch.isfinite(parameter)).sum())
             raise UnsupportedModelError(
-                f"{name} has {bad} of {parameter.numel()} values that are NaN or infinite: load the checkpoint again, or "
-                "look at the training run (learning rate, precision)."
+                f"{name} has {bad} of {parameter.numel()} values that are NaN or infinite: load "
+                "the checkpoint again, or look at the training run (learning rate, precision)."
             )
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a number depends on."""
     found = {"python": platform.python_version()}
-    for package in ("lit-prune", "torch", "transformers", "lightning", "torchmetrics", "scikit-learn"):
+    for package in (
+        "lit-prune",
+        "torch",
+        "transformers",
+        "lightning",
+        "torchmetrics",
+        "scikit-learn",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PruningRecord:
-    """Set by the pruner (and by `load_pruned`) as ``model.pruning_record``; `save_pruned` writes it.
+    """``model.pruning_record``: set by the pruner and by `load_pruned`, written by `save_pruned`.
 
     Attributes:
         plan: What stayed, in indices of the model that was pruned.

@@ -46,7 +46,8 @@ class PruningReport:
 
     Attributes:
         requested_ratio: Fraction of decoder parameters that was to be removed.
-        achieved_ratio: Fraction that was removed, from a recount of the modules (in a dry run: planned).
+        achieved_ratio: Fraction that was removed, from a recount of the modules (in a dry run:
+            planned).
         total_ratio: Fraction of *all* parameters, embeddings and head included.
         preset: Method.
         plan_digest: Digest of the plan.
@@ -102,8 +103,9 @@ class PruningReport:
         """Return one sentence: what was asked and what was achieved."""
         verb = "would remove" if self.dry_run else "removed"
         return (
-            f"{self.preset}: {verb} {self.achieved_ratio:.2%} of the decoder parameters (asked {self.requested_ratio:.2%}), "
-            f"{self.total_ratio:.2%} of all parameters; plan {self.plan_digest[:12]}"
+            f"{self.preset}: {verb} {self.achieved_ratio:.2%} of the decoder parameters (asked "
+            f"{self.requested_ratio:.2%}), {self.total_ratio:.2%} of all parameters; plan "
+            f"{self.plan_digest[:12]}"
         )
 
     def __str__(self) -> str:
@@ -114,7 +116,10 @@ class PruningReport:
         lines = [self.headline(), ""]
         for row in cells:
             first, *numbers = row[:4]
-            padded = [first.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
+            padded = [
+                first.ljust(widths[0]),
+                *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True)),
+            ]
             lines.append("  ".join([*padded, row[4]]).rstrip())
         lines += ["", *(f"note: {text}" for text in self.notes())]
         return "\n".join(lines).rstrip()
@@ -126,7 +131,12 @@ class PruningReport:
 
     def to_markdown(self) -> str:
         """Return headline, table and notes as Markdown."""
-        lines = [self.headline(), "", "| | before | after | after / before | |", "|---|---:|---:|---:|---|"]
+        lines = [
+            self.headline(),
+            "",
+            "| | before | after | after / before | |",
+            "|---|---:|---:|---:|---|",
+        ]
         lines += ["| " + " | ".join(cells) + " |" for cells in self.table()]
         lines += ["", *(f"- {text}" for text in self.notes())]
         return "\n".join(lines).rstrip() + "\n"
@@ -154,8 +164,8 @@ def format_value(value: float | None, unit: Unit) -> str:
     """Format a number for people.
 
     Example:
-        >>> format_value(2_500_000, "bytes"), format_value(0.0123, "seconds"), format_value(4_049_280, "count")
-        ('2.50 MB', '12.30 ms', '4.05 M')
+        >>> format_value(2_500_000, "bytes"), format_value(0.0123, "seconds")
+        ('2.50 MB', '12.30 ms')
     """
     if value is None:
         return "–"

@@ -30,7 +30,8 @@ DIRECT = {
     "pruner": {"methods", "surgery", "report", "measurement", "record"},
     "saving": {"plan", "decoder", "surgery", "report", "record"},
     "views": {"plan", "report"},
-    "callback": {"pruner", "views", "saving"},
+    "trainer": set(),
+    "callback": {"pruner", "views", "saving", "trainer"},
     "finetune": {"callback"},
     "testing": {"callback"},
     "cli": {"callback", "finetune", "testing"},
@@ -38,7 +39,7 @@ DIRECT = {
 }
 PURE = {"importance"}  # third parties: torch only
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-KNOWS_LIGHTNING = {"callback", "finetune", "cli"}
+KNOWS_LIGHTNING = {"callback", "trainer", "finetune", "cli"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

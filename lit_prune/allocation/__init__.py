@@ -7,8 +7,8 @@ from lit_prune.allocation.greedy import greedy
 from lit_prune.allocation.ratios import block_ratios
 from lit_prune.allocation.reachable import reachable_totals
 from lit_prune.allocation.search import Candidate, Selection
-from lit_prune.allocation.settle import Ranking, settle
-from lit_prune.allocation.uniform import uniform_counts
+from lit_prune.allocation.settle import Ranking, meet, settle
+from lit_prune.allocation.uniform import uniform_choice, uniform_counts
 
 __all__ = [
     "Budget",
@@ -21,7 +21,9 @@ __all__ = [
     "greedy",
     "lowest_cluster",
     "make_budget",
+    "meet",
     "reachable_totals",
     "settle",
+    "uniform_choice",
     "uniform_counts",
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.errors import ScoreError
 
 if TYPE_CHECKING:
@@ -22,20 +23,24 @@ class Ranking:
 
     Args:
         scores: Score of each unit, by ``(layer, kind)``, finite; higher means keep.
-        widths: Columns that one unit owns; a step is judged by its mean score for each column, so that KV groups
-            (whose score sums over many columns) and channels can be compared.
+        widths: Columns that one unit owns; a step is judged by its mean score for each column, so
+            that KV groups (whose score sums over many columns) and channels can be compared.
 
     Raises:
         ScoreError: If a score is not finite; names the first one.
     """
 
-    def __init__(self, scores: Mapping[SubBlock, npt.NDArray[np.float64]], widths: Mapping[SubBlock, int]) -> None:
+    def __init__(
+        self, scores: Mapping[SubBlock, npt.NDArray[np.float64]], widths: Mapping[SubBlock, int]
+    ) -> None:
         self._order: dict[SubBlock, npt.NDArray[np.intp]] = {}
         self._sums: dict[SubBlock, npt.NDArray[np.float64]] = {}
         for place, values in scores.items():
             if not np.isfinite(values).all():
                 unit = int(np.flatnonzero(~np.isfinite(values))[0])
-                raise ScoreError(f"score of unit {unit} of layer {place[0]} {place[1]} is {values[unit]}.")
+                raise ScoreError(
+                    f"score of unit {unit} of layer {place[0]} {place[1]} is {values[unit]}."
+                )
             order = np.argsort(values, kind="stable")
             self._order[place] = order
             self._sums[place] = np.concatenate([[0.0], np.cumsum(values[order] / widths[place])])
@@ -46,7 +51,7 @@ class Ranking:
         return tuple(sorted(int(unit) for unit in order[len(order) - count :]))
 
     def step_score(self, place: SubBlock, more: int, fewer: int) -> float:
-        """Return the mean score for each column of the units between keeping ``more`` and keeping ``fewer``."""
+        """Return the mean score per column of the units between ``more`` and ``fewer`` kept."""
         units, sums = len(self._order[place]), self._sums[place]
         return float(sums[units - fewer] - sums[units - more]) / (more - fewer)
 
@@ -54,10 +59,10 @@ class Ranking:
 def settle(budget: Budget, counts: dict[SubBlock, int], ranking: Ranking) -> dict[SubBlock, int]:
     """Top up or trim until no single step comes nearer to the ratio.
 
-    Too little removed: the lowest-scored channels of all layers leave, then KV groups. Too much: the highest-scored
-    removed units of all layers come back, then units of sub-blocks that had been removed whole. One step goes from
-    one allowed count of a sub-block to the next. How the paper closes the last deviation is not published: this is
-    our reconstruction.
+    Too little removed: the lowest-scored channels of all layers leave, then KV groups. Too much:
+    the highest-scored removed units of all layers come back, then units of sub-blocks that had been
+    removed whole. One step goes from one allowed count of a sub-block to the next. How the paper
+    closes the last deviation is not published: this is our reconstruction.
 
     Args:
         budget: Target and allowed counts.
@@ -70,26 +75,46 @@ def settle(budget: Budget, counts: dict[SubBlock, int], ranking: Ranking) -> dic
     counts = dict(counts)
     deficit = budget.deficit(counts)
     for _ in range(sum(len(allowed) for allowed in budget.allowed.values())):
-        lower = deficit > 0
-        best: tuple[int, float, SubBlock, int, float] | None = None
-        for place, count in counts.items():
-            to = _next(budget.allowed[place], count, lower=lower)
-            if to is None or (count == 0 and not _may_reopen(budget, counts, place)):
-                continue
+        for place, to in _steps(budget, counts, ranking, lower=deficit > 0):
             after = budget.deficit({**counts, place: to})
-            if abs(after) >= abs(deficit):
-                continue
-            score = ranking.step_score(place, max(count, to), min(count, to))
-            # channels before KV groups when removing; partial sub-blocks before reopened ones when restoring
-            tier = int(place[1] == "attention") if lower else int(count == 0)
-            key = (tier, score if lower else -score, place, to, after)
-            if best is None or key < best:
-                best = key
-        if best is None:
+            if abs(after) < abs(deficit):
+                counts[place], deficit = to, after
+                break
+        else:
             break
-        _, _, place, to, deficit = best
-        counts[place] = to
     return counts
+
+
+def _steps(
+    budget: Budget, counts: Mapping[SubBlock, int], ranking: Ranking, *, lower: bool
+) -> list[tuple[SubBlock, int]]:
+    """Return every possible step, the best first: where to, for which sub-block."""
+    keyed = []
+    for place, count in counts.items():
+        to = _next(budget.allowed[place], count, lower=lower)
+        if to is None or (count == 0 and not _may_reopen(budget, counts, place)):
+            continue
+        score = ranking.step_score(place, max(count, to), min(count, to))
+        # removing: channels before KV groups; restoring: partial sub-blocks before reopened ones
+        tier = int(place[1] == "attention") if lower else int(count == 0)
+        keyed.append((tier, score if lower else -score, place, to))
+    return [(place, to) for _, _, place, to in sorted(keyed)]
+
+
+def meet(budget: Budget, counts: Mapping[SubBlock, int]) -> dict[SubBlock, int]:
+    """Return counts that meet the ratio, as near to ``counts`` as a combination of steps allows.
+
+    For requests so coarse that `settle` gets stuck. Where nothing meets the ratio, ``counts``.
+    """
+    totals = ReachableTotals(budget)
+    for total in sorted(
+        (x for x in totals.nearest(budget.target) if x is not None),
+        key=lambda x: abs(x - budget.target),
+    ):
+        found = totals.counts(total, counts)
+        if budget.met_by(found):
+            return found
+    return dict(counts)
 
 
 def _next(allowed: tuple[int, ...], count: int, *, lower: bool) -> int | None:
@@ -100,6 +125,6 @@ def _next(allowed: tuple[int, ...], count: int, *, lower: bool) -> int | None:
 
 
 def _may_reopen(budget: Budget, counts: Mapping[SubBlock, int], place: SubBlock) -> bool:
-    """Without the sub-block granularity a block is removed whole or not at all: half of it may not come back."""
+    """Without the sub-block granularity half of a removed block may not come back."""
     others = [count for other, count in counts.items() if other[0] == place[0] and other != place]
     return "sub_block" in budget.config.granularities or not others or all(others)

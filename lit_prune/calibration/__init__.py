@@ -2,6 +2,7 @@
 
 from lit_prune.calibration.bypass import RecordedRun, Unit, bypass_units
 from lit_prune.calibration.calibration import Calibration
+from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.observer import Observer
@@ -19,6 +20,7 @@ __all__ = [
     "RowSet",
     "Unit",
     "bypass_units",
+    "collect_rows",
     "real_tokens",
     "replay",
 ]

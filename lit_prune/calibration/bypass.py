@@ -1,4 +1,4 @@
-"""The model with one unit bypassed, from the hidden states of the whole run: about half a forward each."""
+"""The model with one unit bypassed, from a recorded run: about half a forward each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Unit:
 
 
 def bypass_units(parts: DecoderParts) -> tuple[Unit, ...]:
-    """Return every unit that exists: each block, and each sub-block that an earlier pruning left."""
+    """Return every unit that exists: each block and each sub-block not removed before."""
     units: list[Unit] = []
     for layer in range(len(parts.layers)):
         existing = [kind for kind in KINDS if parts.exists(layer, kind)]
@@ -57,9 +57,12 @@ class RecordedRun:
         self._entries: list[tuple[Tensor, dict[str, Any]]] = []
         output: list[Tensor] = []
         handles = [
-            layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in parts.layers
+            layer.register_forward_pre_hook(self._record, with_kwargs=True)
+            for layer in parts.layers
         ]
-        handles.append(parts.final_norm.register_forward_pre_hook(lambda _module, args: output.append(args[0])))
+        handles.append(
+            parts.final_norm.register_forward_pre_hook(lambda _module, args: output.append(args[0]))
+        )
         try:
             parts.model.base_model(**inputs, use_cache=False)
         finally:
@@ -94,7 +97,7 @@ class RecordedRun:
 @contextmanager
 def silenced(module: nn.Module, *, returns_weights: bool) -> Iterator[None]:
     """Let a sub-block return zero, without computing it and without changing the module tree."""
-    # an instance attribute shadows the class's method: names, hooks and parameters all stay as they are
+    # an instance attribute shadows the class's method: names, hooks and parameters stay
     module.forward = ConstantOutput(None, returns_weights=returns_weights).forward
     try:
         yield

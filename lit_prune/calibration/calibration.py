@@ -32,7 +32,8 @@ class Calibration:
         rows: The distinct samples, split by content.
         units: Mean and variance of the input of every output projection over the calibrate side, by
             ``(layer, kind)``, ``[width]`` each, float64.
-        full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a replay.
+        full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a
+            replay.
         bypassed: The same with each block, attention and MLP bypassed.
         source: Where ``units`` come from: ``validation loop`` or ``replay``.
         notes: What the report says about the text, in words.
@@ -54,19 +55,25 @@ class Calibration:
     @property
     def data_digest(self) -> str:
         """Sha256 over the digests of the samples: which text it was, in no order."""
-        return hashlib.sha256("".join(sorted(r.digest for r in self.rows.rows)).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(sorted(r.digest for r in self.rows.rows)).encode()
+        ).hexdigest()
 
     def with_replay(self, replayed: Replayed) -> Self:
         """Return this calibration with what a replay measured."""
         bypassed = replayed.bypassed or None
-        return replace(self, units=replayed.units, full=replayed.full, bypassed=bypassed, source="replay")
+        return replace(
+            self, units=replayed.units, full=replayed.full, bypassed=bypassed, source="replay"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return what a report and a model card state about the calibration text."""
         lengths = [len(row.ids) for row in self.rows.rows]
         return {
             "samples": len(lengths),
-            "tokens": {side: self.rows.num_tokens(side) for side in ("calibrate", "choose", "score")},
+            "tokens": {
+                side: self.rows.num_tokens(side) for side in ("calibrate", "choose", "score")
+            },
             "longest_sample": max(lengths, default=0),
             "data_digest": self.data_digest,
             "split": self.rows.describe_split(),
@@ -82,8 +89,9 @@ class Calibration:
         """
         if self.num_tokens < max(minimum, 2):
             raise CalibrationError(
-                f"{self.num_tokens} real tokens in {len(self.rows.side('calibrate'))} samples to calibrate on, "
-                f"expected at least {max(minimum, 2)} (min_calibration_tokens). Give more validation text."
+                f"{self.num_tokens} real tokens in {len(self.rows.side('calibrate'))} samples to "
+                f"calibrate on, expected at least {max(minimum, 2)} (min_calibration_tokens). "
+                "Give more validation text."
             )
 
     def save(self, path: Path) -> None:
@@ -130,13 +138,16 @@ class Calibration:
             raise ArtifactError(f"{path} is not a calibration of lit_prune: {error!r}.") from error
         if header.get("schema_version") != _SCHEMA:
             raise ArtifactError(
-                f"{path} has schema_version {header.get('schema_version')}, expected {_SCHEMA}. Calibrate again."
+                f"{path} has schema_version {header.get('schema_version')}, expected {_SCHEMA}. "
+                "Calibrate again."
             )
         lengths = tensors["rows.lengths"].tolist()
         rows = [
             Row.of(ids, scored)
             for ids, scored in zip(
-                tensors["rows.ids"].split(lengths), tensors["rows.scored"].split(lengths), strict=True
+                tensors["rows.ids"].split(lengths),
+                tensors["rows.scored"].split(lengths),
+                strict=True,
             )
         ]
         units, bypassed = {}, {}
@@ -145,11 +156,11 @@ class Calibration:
                 case ["units", layer, kind, "mean"]:
                     units[int(layer), kind] = (tensor, tensors[f"units.{layer}.{kind}.variance"])
                 case ["state", layer, kind]:
-                    bypassed[Unit(int(layer), kind)] = tensor  # type: ignore[arg-type]
+                    bypassed[Unit(int(layer), kind)] = tensor
         return cls(
             model_fingerprint=header["model_fingerprint"],
             rows=RowSet.of(rows),
-            units=dict(sorted(units.items())),  # type: ignore[arg-type]
+            units=dict(sorted(units.items())),
             full=tensors.get("state.full"),
             bypassed=dict(sorted(bypassed.items())) or None,
             source=header["source"],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_prune.calibration.moments import _BLOCK_ELEMENTS
+from lit_prune.calibration.moments import _BLOCK_ELEMENTS, same_dtype
 from lit_prune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 Moments = tuple[Tensor, Tensor, Tensor]
 
@@ -35,10 +40,18 @@ class ChannelCovariance(Metric):
         super().__init__()
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx=None)
         self.add_state("mean", torch.zeros(channels, dtype=torch.float64), dist_reduce_fx=None)
-        self.add_state("m2", torch.zeros(channels, channels, dtype=torch.float64), dist_reduce_fx=None)
+        self.add_state(
+            "m2", torch.zeros(channels, channels, dtype=torch.float64), dist_reduce_fx=None
+        )
 
-    def set_dtype(self, dst_type: str | torch.dtype) -> ChannelCovariance:  # noqa: ARG002
+    def set_dtype(self, dst_type: str | torch.dtype) -> ChannelCovariance:
         """Keep float64, as `ChannelMoments` does."""
+        return self
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> ChannelCovariance:
+        super()._apply(same_dtype(fn), exclude_state)
         return self
 
     def update(self, x: Tensor | Moments) -> None:
@@ -49,18 +62,24 @@ class ChannelCovariance(Metric):
         self.count, self.mean, self.m2 = _merge((self.count, self.mean, self.m2), part)
 
     def measure(self, x: Tensor) -> Moments:
-        """Return count, mean and centred second moments of a batch ``[tokens, channels]``, without adding them."""
+        """Return count, mean and centred second moments of ``[tokens, channels]``; add nothing."""
         channels = x.shape[-1]
         zero = torch.zeros(channels, dtype=torch.float64, device=x.device)
-        whole: Moments = (torch.zeros((), dtype=torch.int64, device=x.device), zero, torch.outer(zero, zero))
-        for block in x.split(max(1, _BLOCK_ELEMENTS // channels)):
+        whole: Moments = (
+            torch.zeros((), dtype=torch.int64, device=x.device),
+            zero,
+            torch.outer(zero, zero),
+        )
+        for block in x.split(max(1, _BLOCK_ELEMENTS // channels)) if len(x) else ():
             mean = block.double().mean(0)
             centred = block.double() - mean
             whole = _merge(whole, (whole[0].new_tensor(len(block)), mean, centred.T @ centred))
         return whole
 
     def compute(self) -> Tensor:
-        """Return the population covariance, ``[channels, channels]``. Call on every rank: it synchronises.
+        """Return the population covariance, ``[channels, channels]``.
+
+        Call on every rank: it synchronises.
 
         Raises:
             CalibrationError: If no token was seen.
@@ -76,8 +95,16 @@ class ChannelCovariance(Metric):
         for part in parts:
             whole = _merge(whole, part)
         if whole[0] == 0:
-            raise CalibrationError("no token reached the covariance. Is the calibration loader empty?")
-        return whole[2] / whole[0]
+            raise CalibrationError(
+                "no token reached the covariance. Is the calibration loader empty?"
+            )
+        covariance: Tensor = whole[2] / whole[0]
+        return covariance
+
+    def result(self) -> Tensor:
+        """Return `compute` on the CPU, ``[channels, channels]`` also where there is one channel."""
+        covariance: Tensor = self.compute().cpu()
+        return covariance.reshape(self.mean.shape[-1], -1)
 
 
 def _merge(a: Moments, b: Moments) -> Moments:

@@ -1,4 +1,4 @@
-"""Observing a user's own forwards: token ids, masks and cheap moments, without touching anything."""
+"""Observing a user's own forwards: token ids, masks, cheap moments; nothing is touched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.calibration import Calibration
-from lit_prune.calibration.inputs import real_tokens
+from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
@@ -20,19 +20,29 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
+# What a language model's forward takes by position, in its order.
+_ARGUMENTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+)
 Probed = SubBlock  # the sub-block whose output projection is probed
 
 
 class Observer:
     """Hooks on one language model that remember what passes through it.
 
-    Token ids, mask and labels are taken from the language model's own forward arguments, so any batch type of the
-    user's works. Forwards with a KV cache (a ``generate`` inside ``validation_step``) are passed over. Repeated
-    samples count once. Only real tokens of samples on the *calibrate* side feed the moments.
+    Token ids, mask and labels are taken from the language model's own forward arguments, so any
+    batch type of the user's works. Forwards with a KV cache (a ``generate`` inside
+    ``validation_step``) are passed over. Repeated samples count once. Only real tokens of samples
+    on the *calibrate* side feed the moments.
 
     Args:
         model: The language model.
-        max_tokens: Stop observing after the batch that reaches this many real tokens.
+        max_tokens: Observe no new sample once there are this many real tokens.
 
     Attributes:
         rows: Distinct samples seen, in order of arrival.
@@ -52,7 +62,9 @@ class Observer:
         self.notes: list[str] = []
         self.paused = False
         self._handles: list[RemovableHandle] = []
-        self._selected: Tensor | None = None  # [batch, tokens], bool, while a forward is being observed
+        self._selected: Tensor | None = (
+            None  # [batch, tokens], bool, while a forward is being observed
+        )
         self._arriving: dict[str, Row] = {}
         self._pending: dict[Probed, tuple[int, Tensor, Tensor]] = {}
 
@@ -65,7 +77,9 @@ class Observer:
         """Attach the hooks. Close or discard the observer before the model is changed."""
         parts = DecoderParts(self.model)
         try:
-            self._handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(
+                self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+            )
             for layer in range(len(parts.layers)):
                 for kind in KINDS:
                     if parts.exists(layer, kind):
@@ -86,34 +100,41 @@ class Observer:
         self._selected = None
 
     def unit_moments(self) -> dict[Probed, tuple[Tensor, Tensor]]:
-        """Return mean and variance of every probed input, ``[width]`` each; empty without a calibrate-side token."""
+        """Return mean and variance of every probed input, ``[width]`` each.
+
+        Empty if no token fell on the calibrate side.
+        """
         if not all(metric.count for metric in self.moments.values()):
             return {}
-        found = {probed: metric.compute() for probed, metric in self.moments.items()}
-        return {probed: (mean.cpu(), variance.cpu()) for probed, (mean, variance) in found.items()}
+        return {probed: metric.result() for probed, metric in self.moments.items()}
 
     def calibration(self) -> Calibration:
         """Return what was seen, before any replay."""
         rows = RowSet.of(self.rows.values())
-        return Calibration(fingerprint(self.model), rows, self.unit_moments(), notes=tuple(self.notes))
+        return Calibration(
+            fingerprint(self.model), rows, self.unit_moments(), notes=tuple(self.notes)
+        )
 
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected, self._pending, self._arriving = None, {}, {}
-        if self.paused or kwargs.get("past_key_values") is not None or self.num_tokens >= self.max_tokens:
+        inputs = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if self.paused or inputs.get("past_key_values") is not None or CAPPED in self.notes:
             return
-        inputs = dict(zip(("input_ids", "attention_mask"), args, strict=False)) | kwargs
         place = f"forward {self.num_batches}"
         batch = real_tokens(inputs, self.model.config, place)
         if batch.note and batch.note not in self.notes:
             self.notes.append(batch.note)
         selected = torch.zeros_like(batch.mask)
-        for i, keep in enumerate(batch.mask):
-            if not bool(keep.any()):
-                continue
-            row = Row.of(batch.ids[i][keep], None if batch.scored is None else batch.scored[i][keep])
-            if row.digest not in self.rows and row.digest not in self._arriving:
-                self._arriving[row.digest] = row
-                selected[i] = keep & (side_of(row.digest) == "calibrate")
+        tokens = self.num_tokens
+        for i, row in batch.rows():
+            known = self._arriving.get(row.digest) or self.rows.get(row.digest)
+            if known is None:
+                if tokens >= self.max_tokens:
+                    self.notes.append(CAPPED)
+                    break
+                tokens += len(row.ids)
+                selected[i] = batch.mask[i] & (side_of(row.digest) == "calibrate")
+            self._arriving[row.digest] = row.merged(known)
         self._selected = selected
 
     def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -123,13 +144,16 @@ class Observer:
         name = self.moments[probed].name
         if probed in self._pending or x.shape[:-1] != self._selected.shape:
             raise CalibrationError(
-                f"{name} saw {2 if probed in self._pending else 1} call(s) of {list(x.shape[:-1])} tokens in forward "
-                f"{self.num_batches}, expected 1 of {list(self._selected.shape)}. Is its module used twice, or "
-                "recomputed by gradient checkpointing in train mode?"
+                f"{name} saw {2 if probed in self._pending else 1} call(s) of "
+                f"{list(x.shape[:-1])} tokens in forward {self.num_batches}, expected 1 of "
+                f"{list(self._selected.shape)}. Is its module used twice, or recomputed by "
+                "gradient checkpointing in train mode?"
             )
         part = self.moments[probed].measure(x[self._selected.to(x.device)])
         if not bool(torch.isfinite(part[2]).all()):
-            raise CalibrationError(describe_non_finite(x, name, f"forward {self.num_batches}", self.model))
+            raise CalibrationError(
+                describe_non_finite(x, name, f"forward {self.num_batches}", self.model)
+            )
         self._pending[probed] = part
 
     def _after(self, _model: nn.Module, _args: object, _output: object) -> None:
@@ -138,15 +162,15 @@ class Observer:
         self._selected = None
         if missing := sorted(set(self.moments) - set(self._pending)):
             raise CalibrationError(
-                f"{self.moments[missing[0]].name} saw 0 tokens in forward {self.num_batches}, expected "
-                f"{sum(len(r.ids) for r in self._arriving.values())} ({len(missing)} of {len(self.moments)} probes "
-                "silent). A compiled model, a fused kernel or a bypassed layer hides its modules from hooks: validate "
-                "the plain model."
+                f"{self.moments[missing[0]].name} saw 0 tokens in forward {self.num_batches}, "
+                f"expected {sum(len(r.ids) for r in self._arriving.values())} ({len(missing)} of "
+                f"{len(self.moments)} probes silent). A compiled model, a fused kernel or a "
+                "bypassed layer hides its modules from hooks: validate the plain model."
             )
         for probed, part in self._pending.items():
             self.moments[probed].update(part)
         self.rows.update(self._arriving)
-        self.num_tokens += sum(len(row.ids) for row in self._arriving.values())
+        self.num_tokens = sum(len(row.ids) for row in self.rows.values())
         self.num_batches += 1
 
 
@@ -154,13 +178,16 @@ def describe_non_finite(x: Tensor, name: str, place: str, model: nn.Module) -> s
     """Say where activations ``[..., channels]`` are NaN or infinite, and what to do."""
     bad = ~torch.isfinite(x)
     first = tuple(int(i) for i in bad.nonzero()[0]) if bool(bad.any()) else ()
-    broken = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+    broken = next(
+        (n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None
+    )
     remedy = (
         f"The weight {broken} is itself not finite: load the checkpoint again."
         if broken
-        else "float16 overflows above 65504: calibrate in bfloat16 or float32 (Trainer(precision='bf16-true'))."
+        else "float16 overflows above 65504: calibrate in bfloat16 or float32 "
+        "(Trainer(precision='bf16-true'))."
     )
     return (
-        f"activations at {name} are not finite: {int(bad.sum())} of {x.numel()} values in {place}, first at {first}. "
-        f"The batch was not added. {remedy}"
+        f"activations at {name} are not finite: {int(bad.sum())} of {x.numel()} values in "
+        f"{place}, first at {first}. The batch was not added. {remedy}"
     )

@@ -1,10 +1,10 @@
-"""Replaying the kept token ids, once, after the last optimizer step: unit moments and every bypass."""
+"""Replaying the kept token ids, once, after the last step: unit moments and every bypass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,10 @@ class Replayed:
     """What a replay measured over the calibrate side, float64 on the CPU.
 
     Attributes:
-        units: Mean and variance of the input of every output projection, by ``(layer, kind)``, ``[width]`` each.
-        full: Variance ``[hidden_size]`` (or covariance) of the final hidden state of the whole model; None where no
-            bypass was asked for.
+        units: Mean and variance of the input of every output projection, by ``(layer, kind)``,
+            ``[width]`` each.
+        full: Variance ``[hidden_size]`` (or covariance) of the final hidden state of the whole
+            model; None where no bypass was asked for.
         bypassed: The same with each unit bypassed.
     """
 
@@ -55,16 +56,17 @@ def replay(
 ) -> Replayed:
     """Run the calibrate side once, and from each batch's hidden states every bypass.
 
-    The batches are made from the distinct rows in canonical order: the result is bit-identical whatever the order,
-    padding or batch size in which the rows arrived.
+    The batches are made from the distinct rows in canonical order: the result is bit-identical
+    whatever the order, padding or batch size in which the rows arrived.
 
     Args:
         model: The language model, on the device where it shall run. It is left as it was.
         rows: The calibration text.
         bypass: Units to bypass, one after the other; each costs about half a forward.
-        target: Where the final hidden state is read: after the final norm (what feeds the head) or before it.
-        joint: Keep covariances of the final hidden state instead of variances (``8 * hidden_size ** 2`` bytes for
-            each bypass).
+        target: Where the final hidden state is read: after the final norm (what feeds the head) or
+            before it.
+        joint: Keep covariances of the final hidden state instead of variances (``8 * hidden_size **
+            2`` bytes for each bypass).
         max_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
 
@@ -73,9 +75,11 @@ def replay(
     """
     parts = DecoderParts(model)
     device = next(model.parameters()).device
-    hidden_size = model.get_input_embeddings().weight.shape[1]
+    hidden_size = parts.hidden_size
     states: dict[Unit | None, ChannelMoments | ChannelCovariance] = {
-        unit: ChannelCovariance(hidden_size) if joint else ChannelMoments(hidden_size, str(unit or "the final state"))
+        unit: ChannelCovariance(hidden_size)
+        if joint
+        else ChannelMoments(hidden_size, str(unit or "the final state"))
         for unit in (None, *bypass)
     }
     moments: dict[Probed, ChannelMoments] = {}
@@ -94,7 +98,7 @@ def replay(
                     run = RecordedRun(parts, batch.model_inputs(device))
                 bar.update()
                 # merged below, after the whole batch, so that a failure adds none of it
-                found = {}
+                found: dict[Unit | None, Any] = {}
                 for unit in states if bypass else ():
                     hidden = run.output if unit is None else run.without(unit)
                     final = _final(parts, hidden, mask, target)
@@ -103,16 +107,16 @@ def replay(
                     bar.update(unit is not None)
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
-                    f"out of memory in replayed batch {number} ({list(mask.shape)} rows x tokens): {error}. Lower "
-                    "replay_batch_tokens (now " + str(max_tokens) + ") or max_calibration_tokens. The model is "
-                    "unchanged, finished batches are kept."
+                    f"out of memory in replayed batch {number} ({list(mask.shape)} rows x tokens): "
+                    f"{error}. Lower replay_batch_tokens (now {max_tokens}) or "
+                    "max_calibration_tokens. The model is unchanged."
                 ) from error
             for probed, part in probes.measured.items():
                 moments.setdefault(probed, ChannelMoments(part[1].numel())).update(part)
             for unit, part in found.items():
                 states[unit].update(part)
     return Replayed(
-        {probed: tuple(x.cpu() for x in moments[probed].compute()) for probed in sorted(moments)},  # type: ignore[misc]
+        {probed: moments[probed].result() for probed in sorted(moments)},
         _state(states[None]) if bypass else None,
         {unit: _state(states[unit]) for unit in bypass},
     )
@@ -127,7 +131,9 @@ class _UnitProbes:
 
     def __enter__(self) -> _UnitProbes:
         self._handles = [
-            self._parts.output(layer, kind).register_forward_pre_hook(partial(self._probe, (layer, kind)))
+            self._parts.output(layer, kind).register_forward_pre_hook(
+                partial(self._probe, (layer, kind))
+            )
             for layer in range(len(self._parts.layers))
             for kind in KINDS
             if self._parts.exists(layer, kind)
@@ -152,5 +158,5 @@ def _final(parts: DecoderParts, hidden: Tensor, mask: Tensor, target: TransferTa
 
 
 def _state(metric: ChannelMoments | ChannelCovariance) -> Tensor:
-    found = metric.compute()
-    return (found if isinstance(found, Tensor) else found[1]).cpu()
+    found = metric.result()
+    return found if isinstance(found, Tensor) else found[1]

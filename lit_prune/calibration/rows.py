@@ -33,8 +33,16 @@ class Row:
     def of(cls, ids: Tensor, scored: Tensor | None = None) -> Row:
         """Make a row from real token ids ``[tokens]`` and, optionally, which of them are scored."""
         ids = ids.detach().to("cpu", torch.int64, copy=True)
-        scored = torch.ones_like(ids, dtype=torch.bool) if scored is None else scored.detach().cpu().bool()
+        scored = (
+            torch.ones_like(ids, dtype=torch.bool)
+            if scored is None
+            else scored.detach().cpu().bool()
+        )
         return cls(ids, scored, row_digest(ids))
+
+    def merged(self, repeat: Row | None) -> Row:
+        """Return this row, scored where either repeat is scored: the order leaves no trace."""
+        return self if repeat is None else Row(self.ids, self.scored | repeat.scored, self.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +60,7 @@ class Batch:
     label_mask: Tensor
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Return keyword arguments for the model; no mask where nothing is padded (faster attention)."""
+        """Return keyword arguments for the model; no mask where nothing is padded (faster)."""
         inputs = {"input_ids": self.input_ids.to(device)}
         if not bool(self.attention_mask.all()):
             inputs["attention_mask"] = self.attention_mask.long().to(device)
@@ -73,8 +81,10 @@ class RowSet:
 
     @classmethod
     def of(cls, rows: Iterable[Row]) -> RowSet:
-        """Drop repeats and fix the order, so that order, batch size and rank of arrival leave no trace."""
-        distinct = {row.digest: row for row in rows}
+        """Drop repeats and fix the order: order, batch size and rank of arrival leave no trace."""
+        distinct: dict[str, Row] = {}
+        for row in rows:
+            distinct[row.digest] = row.merged(distinct.get(row.digest))
         ordered = tuple(sorted(distinct.values(), key=lambda row: (-len(row.ids), row.digest)))
         sides = {side_of(row.digest) for row in ordered if len(row.ids) > 1}
         return cls(ordered, split=len(sides) == len(SIDES))
@@ -92,19 +102,25 @@ class RowSet:
         if self.split:
             return "calibrate, choose and score are disjoint samples, split by content"
         return (
-            f"too few samples to split ({len(self.rows)}): calibrated, chosen and scored on the same text, so the "
-            "perplexity after pruning is optimistic"
+            f"too few samples to split ({len(self.rows)}): calibrated, chosen and scored on the "
+            "same text, so the perplexity after pruning is optimistic"
         )
 
     def batches(self, side: Side, max_tokens: int) -> Iterator[Batch]:
-        """Yield the rows of a side as padded batches of at most ``max_tokens`` (at least one row each).
+        """Yield the rows of a side as padded batches.
+
+        Args:
+            side: Which rows.
+            max_tokens: Most tokens of a batch, padding included; a longer row is alone in its own.
 
         Raises:
             CalibrationError: If the side is empty.
         """
         rows = self.side(side)
         if not rows:
-            raise CalibrationError(f"no sample on the {side} side; is the calibration loader empty?")
+            raise CalibrationError(
+                f"no sample on the {side} side; is the calibration loader empty?"
+            )
         start = 0
         while start < len(rows):
             width = len(rows[start].ids)  # the longest: rows are sorted

@@ -7,7 +7,14 @@ from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.quiet import quiet
 from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
-from lit_prune.decoder.spec import KINDS, AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, SubBlockKind
+from lit_prune.decoder.spec import (
+    KINDS,
+    AttentionSpec,
+    BlockSpec,
+    DecoderSpec,
+    MlpSpec,
+    SubBlockKind,
+)
 
 __all__ = [
     "FAMILIES",

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 class ConstantOutput(nn.Module):
     """Output of a removed attention or MLP: its mean as a bias, or zero.
 
-    The surrounding decoder layer computes ``residual + output``. A zero-dimensional zero (or a ``[hidden_size]``
-    bias) broadcasts there, so a removed sub-block costs one addition, and the layer's own code stays as it is.
+    The surrounding decoder layer computes ``residual + output``. A zero-dimensional zero (or a
+    ``[hidden_size]`` bias) broadcasts there, so a removed sub-block costs one addition, and the
+    layer's own code stays as it is.
 
     Args:
         bias: Constant output, ``[hidden_size]``, or None for zero.
         returns_weights: True in place of attention, which returns ``(output, attention_weights)``.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(self, bias: nn.Parameter | None, *, returns_weights: bool) -> None:
         super().__init__()
@@ -25,5 +28,5 @@ class ConstantOutput(nn.Module):
         self, hidden_states: Tensor, *_args: object, **_kwargs: object
     ) -> Tensor | tuple[Tensor, None]:
         """Return the constant, whatever comes in."""
-        output = hidden_states.new_zeros(()) if self.bias is None else self.bias
+        output: Tensor = hidden_states.new_zeros(()) if self.bias is None else self.bias
         return (output, None) if self.returns_weights else output

@@ -1,4 +1,4 @@
-"""From a model to its spec: every size is read from the weights, so that a pruned model describes itself."""
+"""From a model to its spec: sizes come from the weights; a pruned model describes itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch.nn.utils import parametrize
 
 from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.parts import DecoderParts
-from lit_prune.decoder.spec import KINDS, AttentionSpec, BlockSpec, DecoderSpec, MlpSpec, SubBlockKind
+from lit_prune.decoder.spec import (
+    KINDS,
+    AttentionSpec,
+    BlockSpec,
+    DecoderSpec,
+    MlpSpec,
+    SubBlockKind,
+)
 from lit_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -28,14 +35,15 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         Its spec.
 
     Raises:
-        UnsupportedModelError: If the family is not known, a weight is quantised, parametrised, masked, off-loaded
-            or on ``meta``, devices are mixed, a prunable module is used twice, a layer holds a parameter that the
-            family entry does not name, or sizes contradict each other.
+        UnsupportedModelError: If the family is not known, a weight is quantised, parametrised,
+            masked, off-loaded or on ``meta``, devices are mixed, a prunable module is used twice, a
+            layer holds a parameter that the family entry does not name, or sizes contradict each
+            other.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32,
-        ...                      num_attention_heads=4, num_key_value_heads=2)
+        >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        ...                      vocab_size=32, num_attention_heads=4, num_key_value_heads=2)
         >>> spec = spec_for(LlamaForCausalLM(config))
         >>> spec.blocks[0].attention.num_kv_groups, spec.blocks[1].mlp.num_channels
         (2, 24)
@@ -46,7 +54,7 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
     blocks = tuple(_describe_block(parts, index) for index in range(len(parts.layers)))
     return DecoderSpec(
         model_type=parts.family.model_type,
-        hidden_size=model.get_input_embeddings().weight.shape[1],
+        hidden_size=parts.hidden_size,
         blocks=blocks,
         total_parameters=sum(p.numel() for p in model.parameters()),
         fingerprint=fingerprint(model),
@@ -68,25 +76,29 @@ def refuse_altered_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "lora_A"):
             raise UnsupportedModelError(
-                f"{name} is wrapped by an adapter ({type(module).__name__}): call merge_and_unload() first."
+                f"{name} is wrapped by an adapter ({type(module).__name__}): call "
+                "merge_and_unload() first."
             )
-        if isinstance(module, torch._dynamo.OptimizedModule):  # noqa: SLF001 - the only public name it has
+        if isinstance(module, torch._dynamo.OptimizedModule):
             raise UnsupportedModelError(
-                f"{name or 'the model'} is compiled: hooks see nothing inside. Pass the module that was compiled "
-                "(`module._orig_mod`), prune it, and compile the result."
+                f"{name or 'the model'} is compiled: hooks see nothing inside. Pass the module "
+                "that was compiled (`module._orig_mod`), prune it, and compile the result."
             )
         if parametrize.is_parametrized(module) or hasattr(module, "weight_orig"):
             raise UnsupportedModelError(
-                f"{name} is parametrised or masked: make it plain first (torch.nn.utils.parametrize."
-                "remove_parametrizations, or torch.nn.utils.prune.remove)."
+                f"{name} is parametrised or masked: make it plain first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, or "
+                "torch.nn.utils.prune.remove)."
             )
         if hasattr(module, "_hf_hook"):
             raise UnsupportedModelError(
-                f"{name or 'the model'} is dispatched by accelerate (device_map, off-loading). Load it on one "
-                "device: from_pretrained(..., device_map=None).to(device)."
+                f"{name or 'the model'} is dispatched by accelerate (device_map, off-loading). "
+                "Load it on one device: from_pretrained(..., device_map=None).to(device)."
             )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise UnsupportedModelError("the weights are quantised; load the model in bfloat16 or float32 and prune that.")
+        raise UnsupportedModelError(
+            "the weights are quantised; load the model in bfloat16 or float32 and prune that."
+        )
     devices: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         devices.setdefault(str(parameter.device), name)
@@ -94,11 +106,14 @@ def refuse_altered_weights(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{name} is on the meta device: load the weights first.")
         if not parameter.is_floating_point():
             raise UnsupportedModelError(
-                f"{name} has dtype {parameter.dtype}: it is quantised; load the model in bfloat16 or float32."
+                f"{name} has dtype {parameter.dtype}: it is quantised; load the model in bfloat16 "
+                "or float32."
             )
     if len(devices) > 1:
         where = ", ".join(f"{device} (e.g. {name})" for device, name in sorted(devices.items()))
-        raise UnsupportedModelError(f"the parameters are on several devices: {where}. Load the model on one device.")
+        raise UnsupportedModelError(
+            f"the parameters are on several devices: {where}. Load the model on one device."
+        )
 
 
 def refuse_shared_parts(parts: DecoderParts) -> None:
@@ -119,8 +134,8 @@ def refuse_shared_parts(parts: DecoderParts) -> None:
                 continue
             if id(thing) in seen:
                 raise UnsupportedModelError(
-                    f"{name} is the same object as {seen[id(thing)]}: a shared module cannot be pruned in one place "
-                    "and kept in another. Copy it first."
+                    f"{name} is the same object as {seen[id(thing)]}: a shared module cannot be "
+                    "pruned in one place and kept in another. Copy it first."
                 )
             seen[id(thing)] = name
 
@@ -140,12 +155,18 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
             continue
         names = _parameter_names(parts, index, kind)
         expected.update(names)
-        fixed = sum(layer.get_parameter(n).numel() for n in names if not _owned_by_units(parts, kind, n))
-        specs[kind] = _describe_attention(parts, index, fixed) if kind == "attention" else _describe_mlp(parts, index, fixed)
+        fixed = sum(
+            layer.get_parameter(n).numel() for n in names if not _owned_by_units(parts, kind, n)
+        )
+        specs[kind] = (
+            _describe_attention(parts, index, fixed)
+            if kind == "attention"
+            else _describe_mlp(parts, index, fixed)
+        )
     if unknown := sorted(set(dict(layer.named_parameters())) - expected):
         raise UnsupportedModelError(
-            f"layer {index} holds the parameter {unknown[0]}, which the {parts.family.model_type} entry in "
-            "lit_prune/decoder/families.py does not name: pruning it could not be exact."
+            f"layer {index} holds the parameter {unknown[0]}, which the {parts.family.model_type} "
+            "entry in lit_prune/decoder/families.py does not name: pruning it could not be exact."
         )
     types = getattr(parts.model.config, "layer_types", None)
     sliding = getattr(parts.model.config, "sliding_window", None) is not None
@@ -167,13 +188,16 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
         if kind == "attention"
         else (family.gate, family.up, family.mlp_output)
     )
-    names = [f"{parts.norm_path(kind)}.weight", *(family.attention_extras if kind == "attention" else ())]
+    names = [
+        f"{parts.norm_path(kind)}.weight",
+        *(family.attention_extras if kind == "attention" else ()),
+    ]
     for path in paths:
         linear = layer.get_submodule(path)
         if not isinstance(linear, nn.Linear) or linear.weight.ndim != 2:
             raise UnsupportedModelError(
-                f"layer {index}: {path} is a {type(linear).__name__}, expected torch.nn.Linear. If it is quantised, "
-                "load the model in bfloat16 or float32."
+                f"layer {index}: {path} is a {type(linear).__name__}, expected torch.nn.Linear. "
+                "If it is quantised, load the model in bfloat16 or float32."
             )
         names.append(f"{path}.weight")
         if linear.bias is not None:
@@ -197,10 +221,9 @@ def _unit_parameters(parts: DecoderParts, index: int, kind: SubBlockKind, units:
 
 
 def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> AttentionSpec:
-    module = parts.sub_block(index, "attention")
     query, key, value = parts.inputs(index, "attention")
     output = parts.output(index, "attention")
-    head_dim = int(module.head_dim)
+    head_dim, queries_per_group = parts.head_shape(index)
     heads, rest = divmod(query.weight.shape[0], head_dim)
     groups, rest_kv = divmod(key.weight.shape[0], head_dim)
     consistent = (
@@ -209,14 +232,15 @@ def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> Attentio
         and groups > 0
         and value.weight.shape[0] == key.weight.shape[0]
         and output.weight.shape[1] == query.weight.shape[0]
-        and heads == groups * int(module.num_key_value_groups)
+        and heads == groups * queries_per_group
     )
     name = f"{parts.family.layers}.{index}.{parts.family.attention}"
     if not consistent:
         raise UnsupportedModelError(
-            f"{name} contradicts itself: q {list(query.weight.shape)}, k {list(key.weight.shape)}, v "
-            f"{list(value.weight.shape)}, o {list(output.weight.shape)}, head_dim {head_dim}, "
-            f"{module.num_key_value_groups} query heads per KV group."
+            f"{name} contradicts itself: q {list(query.weight.shape)}, k "
+            f"{list(key.weight.shape)}, v {list(value.weight.shape)}, o "
+            f"{list(output.weight.shape)}, head_dim {head_dim}, {queries_per_group} "
+            "query heads per KV group."
         )
     return AttentionSpec(
         name=name,
@@ -236,8 +260,8 @@ def _describe_mlp(parts: DecoderParts, index: int, fixed: int) -> MlpSpec:
     name = f"{parts.family.layers}.{index}.{parts.family.mlp}"
     if not gate.weight.shape[0] == up.weight.shape[0] == channels or channels == 0:
         raise UnsupportedModelError(
-            f"{name} contradicts itself: gate {list(gate.weight.shape)}, up {list(up.weight.shape)}, down "
-            f"{list(down.weight.shape)}."
+            f"{name} contradicts itself: gate {list(gate.weight.shape)}, up "
+            f"{list(up.weight.shape)}, down {list(down.weight.shape)}."
         )
     return MlpSpec(
         name=name,

@@ -17,7 +17,8 @@ class Family:
 
     Attributes:
         model_type: Hugging Face ``config.model_type``.
-        attention_extras: Parameters of the attention that no unit owns (norms over one head), by path.
+        attention_extras: Parameters of the attention that no unit owns (norms over one head), by
+            path.
     """
 
     model_type: str
@@ -61,12 +62,14 @@ def family_of(model: PreTrainedModel) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not know. Supported: "
-            f"{', '.join(sorted(FAMILIES))} (causal language models with separate q/k/v and gate/up projections). "
-            "A new family is one entry in lit_prune/decoder/families.py."
+            f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
+            f"know. Supported: {', '.join(sorted(FAMILIES))} (causal language models with "
+            "separate q/k/v and gate/up projections). A new family is one entry in "
+            "lit_prune/decoder/families.py."
         )
     if not type(model).__name__.endswith("ForCausalLM"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a causal language model with a head; pass the whole …ForCausalLM."
+            f"{type(model).__name__} is not a causal language model with a head; pass the whole "
+            "…ForCausalLM."
         )
     return FAMILIES[model_type]

@@ -26,8 +26,8 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> lm = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        ...                                   num_attention_heads=1, vocab_size=8))
+        >>> lm = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, vocab_size=8,
+        ...                                   num_hidden_layers=1, num_attention_heads=1))
         >>> find_causal_lm(nn.ModuleDict({"inside": lm})) is lm
         True
     """
@@ -37,10 +37,13 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         try:
             found = module.get_submodule(name)
         except AttributeError as error:
-            raise ConfigError(f"language_model={name!r}: {type(module).__name__} has no such sub-module.") from error
+            raise ConfigError(
+                f"language_model={name!r}: {type(module).__name__} has no such sub-module."
+            ) from error
         if not isinstance(found, PreTrainedModel):
             raise ConfigError(
-                f"language_model={name!r} is a {type(found).__name__}, expected a Hugging Face …ForCausalLM."
+                f"language_model={name!r} is a {type(found).__name__}, expected a Hugging Face "
+                "…ForCausalLM."
             )
         family_of(found)
         return found
@@ -54,13 +57,13 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         return next(iter(supported.values()))
     if supported:
         raise ConfigError(
-            f"{type(module).__name__} holds {len(supported)} causal language models: {sorted(supported)}. Name one "
-            "with language_model=…"
+            f"{type(module).__name__} holds {len(supported)} causal language models: "
+            f"{sorted(supported)}. Name one with language_model=…"
         )
     if whole:
         family_of(next(iter(whole.values())))  # raises, and names the family
     others = sorted(type(p).__name__ for p in module.modules() if isinstance(p, PreTrainedModel))
     raise UnsupportedModelError(
-        f"{type(module).__name__} holds no Hugging Face causal language model (found: {others or 'none'}). Supported: "
-        f"…ForCausalLM of {', '.join(sorted(FAMILIES))}."
+        f"{type(module).__name__} holds no Hugging Face causal language model (found: "
+        f"{others or 'none'}). Supported: …ForCausalLM of {', '.join(sorted(FAMILIES))}."
     )

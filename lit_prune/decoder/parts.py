@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.decoder.spec import SubBlockKind
-
 
 
 class DecoderParts:
@@ -42,6 +41,18 @@ class DecoderParts:
         """The norm between the last layer and the head."""
         return self.model.get_submodule(self.family.final_norm)
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        embeddings = self.model.get_input_embeddings()
+        assert isinstance(embeddings, nn.Embedding)  # noqa: S101 - narrows the type
+        return embeddings.weight.shape[1]
+
+    def head_shape(self, layer: int) -> tuple[int, int]:
+        """Return head dim and query heads per KV group, as the attention of a layer uses them."""
+        attention: Any = self.sub_block(layer, "attention")
+        return int(attention.head_dim), int(attention.num_key_value_groups)
+
     def sub_block_path(self, kind: SubBlockKind) -> str:
         """Return the path of a sub-block inside its layer."""
         return self.family.attention if kind == "attention" else self.family.mlp
@@ -51,7 +62,7 @@ class DecoderParts:
         return self.family.attention_norm if kind == "attention" else self.family.mlp_norm
 
     def sub_block(self, layer: int, kind: SubBlockKind) -> nn.Module:
-        """Return the attention or MLP module of a layer (a `ConstantOutput` where it was removed)."""
+        """Return the attention or MLP of a layer (a `ConstantOutput` where it was removed)."""
         return self.layers[layer].get_submodule(self.sub_block_path(kind))
 
     def exists(self, layer: int, kind: SubBlockKind) -> bool:
@@ -61,7 +72,11 @@ class DecoderParts:
     def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
         """Return the projections whose *rows* belong to units: q, k, v or gate, up."""
         family = self.family
-        paths = (family.query, family.key, family.value) if kind == "attention" else (family.gate, family.up)
+        paths = (
+            (family.query, family.key, family.value)
+            if kind == "attention"
+            else (family.gate, family.up)
+        )
         return tuple(self._linear(layer, path) for path in paths)
 
     def output(self, layer: int, kind: SubBlockKind) -> nn.Linear:

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quiet(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluate without traces: mode of every module, ``use_cache`` and random state come back as they were.
+    """Evaluate without traces: modes, ``use_cache`` and random state come back as they were.
 
-    Inside, the model is in eval mode (dropout and gradient checkpointing are off by that), no gradient is
-    recorded, no cache is built, and autocast is off, so that the same rows give the same numbers whatever
-    precision plugin surrounds the call.
+    Inside, the model is in eval mode (dropout and gradient checkpointing are off by that), no
+    gradient is recorded, no cache is built, and autocast is off, so that the same rows give the
+    same numbers whatever precision plugin surrounds the call.
     """
     training = [module for module in model.modules() if module.training]
     use_cache = getattr(model.config, "use_cache", None)

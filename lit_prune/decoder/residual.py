@@ -1,4 +1,4 @@
-"""What is left of the residual stream when units leave: which blocks stay, and where constants can live."""
+"""What is left when units leave: which blocks stay, and where constants can live."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from lit_prune.decoder.spec import DecoderSpec
 
 SubBlock = tuple[int, SubBlockKind]
-# Constants of sub-blocks removed before the first surviving one have no earlier projection to live in: the attention
-# slot of layer 0 holds their sum (an exact place: nothing before the first survivor reads the residual stream).
+# Constants of sub-blocks removed before the first surviving one have no earlier projection to live
+# in: the attention slot of layer 0 holds their sum (an exact place: nothing before the first
+# survivor reads the residual stream).
 LEADING: SubBlock = (0, "attention")
 
 
@@ -24,7 +25,8 @@ class Remainder:
 
     Attributes:
         blocks: Indices of the layers that stay, ascending.
-        holders: For each output bias that receives constants, the sub-blocks whose constants it receives.
+        holders: For each output bias that receives constants, the sub-blocks whose constants it
+            receives.
         num_parameters: Parameters of the layers that stay, new biases included.
     """
 
@@ -38,8 +40,8 @@ def remainder(
 ) -> Remainder:
     """Say what stays when each sub-block keeps ``counts`` units.
 
-    A removed sub-block's constant output is added to the bias of the surviving sub-block before it: nothing between
-    the two reads the residual stream, so this is exact.
+    A removed sub-block's constant output is added to the bias of the surviving sub-block before it:
+    nothing between the two reads the residual stream, so this is exact.
 
     Args:
         spec: The decoder.
@@ -48,9 +50,13 @@ def remainder(
 
     Example:
         >>> from lit_prune.decoder.spec import BlockSpec, DecoderSpec, MlpSpec
-        >>> mlp = MlpSpec(name="mlp", num_channels=4, unit_parameters=6, fixed_parameters=2, output_bias=False)
-        >>> blocks = tuple(BlockSpec(index=i, name=str(i), attention=None, mlp=mlp) for i in range(2))
-        >>> spec = DecoderSpec(model_type="t", hidden_size=2, blocks=blocks, total_parameters=60, fingerprint="")
+        >>> sizes = {"unit_parameters": 6, "fixed_parameters": 2, "output_bias": False}
+        >>> mlp = MlpSpec(name="mlp", num_channels=4, **sizes)
+        >>> blocks = tuple(
+        ...     BlockSpec(index=i, name=str(i), attention=None, mlp=mlp) for i in range(2)
+        ... )
+        >>> spec = DecoderSpec(model_type="t", hidden_size=2, blocks=blocks, total_parameters=60,
+        ...                    fingerprint="")
         >>> remainder(spec, {(0, "mlp"): 3, (1, "mlp"): 0}, {(1, "mlp")})
         Remainder(blocks=(0,), holders={(0, 'mlp'): ((1, 'mlp'),)}, num_parameters=22)
     """

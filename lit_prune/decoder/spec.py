@@ -1,7 +1,7 @@
 """A decoder as prunable units: names and integers only, read from the weights.
 
-Nothing here holds a tensor. A spec is what a search needs to know (how many units there are, what each
-costs) and what a loader needs to rebuild the shapes of a model that was pruned unevenly.
+Nothing here holds a tensor. A spec is what a search needs to know (how many units there are, what
+each costs) and what a loader needs to rebuild the shapes of a model that was pruned unevenly.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ class BlockSpec:
         name: Path of the layer module.
         attention: Its attention, or None where an earlier pruning removed it.
         mlp: Its MLP, or None where an earlier pruning removed it.
-        constant_parameters: Parameters of the constant outputs that stand in for removed sub-blocks.
+        constant_parameters: Parameters of the constant outputs that stand in for removed
+            sub-blocks.
         attention_type: Label of the attention mask, ``full_attention`` or ``sliding_attention``.
     """
 
@@ -171,7 +172,9 @@ class DecoderSpec:
             BlockSpec(
                 **{
                     **block,
-                    "attention": AttentionSpec(**block["attention"]) if block["attention"] else None,
+                    "attention": AttentionSpec(**block["attention"])
+                    if block["attention"]
+                    else None,
                     "mlp": MlpSpec(**block["mlp"]) if block["mlp"] else None,
                 }
             )

@@ -16,8 +16,8 @@ Estimator = Literal["logstd_sum", "std_sum", "logdet"]
 def channel_entropy(variance: Tensor, *, floor: float = 1e-6) -> Tensor:
     """Differential entropy of each channel under a Gaussian assumption, in nats.
 
-    ``H_j = log(sigma_j + floor) + 0.5 * log(2 * pi * e)``. A constant channel has no density: the floor makes its
-    entropy low, finite and equal on every device.
+    ``H_j = log(sigma_j + floor) + 0.5 * log(2 * pi * e)``. A constant channel has no density: the
+    floor makes its entropy low, finite and equal on every device.
 
     Args:
         variance: Variance of each channel, ``[..., channels]``, finite and non-negative.
@@ -34,24 +34,27 @@ def channel_entropy(variance: Tensor, *, floor: float = 1e-6) -> Tensor:
         tensor([1.4189, 2.1121], dtype=torch.float64)
 
     References:
-        Yang et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, Eq. 3. Their exact floor is not
-        published; 1e-6 is our reconstruction.
+        Yang et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, Eq. 3. Their
+        exact floor is not published; 1e-6 is our reconstruction.
     """
     _refuse_invalid(variance)
     return torch.log(variance.double().sqrt() + floor) + 0.5 * math.log(2 * math.pi * math.e)
 
 
-def state_entropy(moments: Tensor, *, estimator: Estimator = "logstd_sum", floor: float = 1e-6) -> Tensor:
+def state_entropy(
+    moments: Tensor, *, estimator: Estimator = "logstd_sum", floor: float = 1e-6
+) -> Tensor:
     """Entropy of a hidden state, from the second moments of its channels.
 
-    ``logstd_sum`` is the sum of `channel_entropy` (independent channels); ``std_sum`` the sum of the standard
-    deviations (what the first author's later code uses; not in nats); ``logdet`` the joint Gaussian entropy
-    ``0.5 * log det(2 * pi * e * (Sigma + floor^2 * I))``.
+    ``logstd_sum`` is the sum of `channel_entropy` (independent channels); ``std_sum`` the sum of
+    the standard deviations (what the first author's later code uses; not in nats); ``logdet`` the
+    joint Gaussian entropy ``0.5 * log det(2 * pi * e * (Sigma + floor^2 * I))``.
 
     Args:
-        moments: Variances ``[..., channels]``, or for ``logdet`` covariances ``[..., channels, channels]``.
-        estimator: Which of the three forms. The published text does not settle it: the default is our
-            reconstruction from the authors' earlier code.
+        moments: Variances ``[..., channels]``, or for ``logdet`` covariances ``[..., channels,
+            channels]``.
+        estimator: Which of the three forms. The published text does not settle it: the default is
+            our reconstruction from the authors' earlier code.
         floor: As in `channel_entropy`.
 
     Returns:
@@ -63,7 +66,8 @@ def state_entropy(moments: Tensor, *, estimator: Estimator = "logstd_sum", floor
     Example:
         >>> state_entropy(torch.tensor([[1.0, 4.0]])).round(decimals=4)
         tensor([3.5310], dtype=torch.float64)
-        >>> state_entropy(torch.diag(torch.tensor([1.0, 4.0])), estimator="logdet").round(decimals=4)
+        >>> covariance = torch.diag(torch.tensor([1.0, 4.0]))
+        >>> state_entropy(covariance, estimator="logdet").round(decimals=4)
         tensor(3.5310, dtype=torch.float64)
     """
     if estimator == "logstd_sum":
@@ -73,23 +77,34 @@ def state_entropy(moments: Tensor, *, estimator: Estimator = "logstd_sum", floor
         return moments.double().sqrt().sum(-1)
     _refuse_invalid(moments.diagonal(dim1=-2, dim2=-1))
     channels = moments.shape[-1]
-    damped = moments.double() + floor**2 * torch.eye(channels, dtype=torch.float64, device=moments.device)
-    # eigenvalues rather than Cholesky: a rank-deficient covariance (fewer tokens than channels) stays finite
+    damped = moments.double() + floor**2 * torch.eye(
+        channels, dtype=torch.float64, device=moments.device
+    )
+    # eigenvalues rather than Cholesky: a rank-deficient covariance (fewer tokens than channels)
+    # stays finite
     spectrum = torch.linalg.eigvalsh(damped).clamp_min(floor**2)
-    return 0.5 * (spectrum.log().sum(-1) + channels * math.log(2 * math.pi * math.e))
+    entropy: Tensor = 0.5 * (spectrum.log().sum(-1) + channels * math.log(2 * math.pi * math.e))
+    return entropy
 
 
 def unit_entropy(
-    variance: Tensor, unit_width: int, *, floor: float = 1e-6, reduction: Literal["sum", "mean"] = "sum"
+    variance: Tensor,
+    unit_width: int,
+    *,
+    floor: float = 1e-6,
+    reduction: Literal["sum", "mean"] = "sum",
 ) -> Tensor:
-    """Entropy of each unit: the channels that it feeds into the output projection, taken as independent.
+    """Entropy of each unit: of the channels that it feeds into the output projection.
+
+    The channels are taken as independent.
 
     Args:
         variance: Variance of the projection's input, ``[units * unit_width]``.
-        unit_width: Columns that one unit owns (1 for an MLP channel, query heads x head_dim for a KV group).
+        unit_width: Columns that one unit owns (1 for an MLP channel, query heads x head_dim for a
+            KV group).
         floor: As in `channel_entropy`.
-        reduction: ``sum`` or ``mean`` over the query heads of a KV group; the head's own channels are summed. For
-            groups of equal size both rank alike.
+        reduction: ``sum`` or ``mean`` over the query heads of a KV group; the head's own channels
+            are summed. For groups of equal size both rank alike.
 
     Returns:
         Entropy in nats, ``[units]``, float64.
@@ -102,7 +117,9 @@ def unit_entropy(
         tensor([2.8379, 4.2242], dtype=torch.float64)
     """
     if variance.ndim != 1 or variance.numel() % unit_width:
-        raise ScoreError(f"variance has shape {list(variance.shape)}; expected [units * {unit_width}].")
+        raise ScoreError(
+            f"variance has shape {list(variance.shape)}; expected [units * {unit_width}]."
+        )
     per_unit = channel_entropy(variance, floor=floor).reshape(-1, unit_width)
     return per_unit.sum(-1) if reduction == "sum" else per_unit.mean(-1)
 
@@ -110,8 +127,8 @@ def unit_entropy(
 def transfer_entropy(full: Tensor, bypassed: Tensor) -> Tensor:
     """How much the output's entropy changes when a unit is bypassed, in nats.
 
-    ``TE_u = |H(F_out) - H(F_out | u bypassed)|``: the operational form of the authors' earlier code; the exact
-    typography of the paper's Eqs. 1-2 is reconstructed.
+    ``TE_u = |H(F_out) - H(F_out | u bypassed)|``: the operational form of the authors' earlier
+    code; the exact typography of the paper's Eqs. 1-2 is reconstructed.
 
     Args:
         full: Entropy of the final hidden state of the whole model, scalar.
@@ -131,4 +148,6 @@ def _refuse_invalid(variance: Tensor) -> None:
     invalid = ~torch.isfinite(variance) | (variance < 0)
     if invalid.any():
         where = tuple(int(i) for i in invalid.nonzero()[0])
-        raise ScoreError(f"variance at {where} is {variance[where].item()}; expected finite and >= 0.")
+        raise ScoreError(
+            f"variance at {where} is {variance[where].item()}; expected finite and >= 0."
+        )

@@ -18,7 +18,10 @@ def preset(name: str) -> Callable[..., Decision]:
         ConfigError: If there is none; names the nearest.
     """
     if name not in PRESETS:
-        raise ConfigError(f"preset {name!r} is not known{did_you_mean(name, PRESETS)}; known are {sorted(PRESETS)}.")
+        raise ConfigError(
+            f"preset {name!r} is not known{did_you_mean(name, PRESETS)}; known are "
+            f"{sorted(PRESETS)}."
+        )
     return PRESETS[name]
 
 

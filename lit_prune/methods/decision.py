@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec, SubBlock
 
-# Mean NLL of the choose text under a plan (nats for each token), measured on the masked dense model.
+# Mean NLL of the choose text under a plan (nats for each token), measured on the masked dense
+# model.
 Judge = Callable[[PruningPlan], float]
 
 
@@ -27,7 +28,8 @@ class Scores:
 
     Attributes:
         units: Entropy of each KV group and channel, by ``(layer, kind)``, ``[units]``, float64.
-        transfer: Transfer entropy of each block, attention and MLP; empty where it was not measured.
+        transfer: Transfer entropy of each block, attention and MLP; empty where it was not
+            measured.
     """
 
     units: dict[SubBlock, Tensor]
@@ -79,7 +81,9 @@ def plan_of(budget: Budget, counts: dict[SubBlock, int], ranking: Ranking) -> Pr
     layers = tuple(
         LayerPlan(
             block.index,
-            ranking.kept((block.index, "attention"), counts[block.index, "attention"]) if block.attention else (),
+            ranking.kept((block.index, "attention"), counts[block.index, "attention"])
+            if block.attention
+            else (),
             ranking.kept((block.index, "mlp"), counts[block.index, "mlp"]) if block.mlp else (),
         )
         for block in budget.spec.blocks

@@ -1,16 +1,19 @@
-"""Preset ``paper``: our reconstruction of "Let LLM Tell What to Prune and How Much to Prune" (ICML 2025).
+"""Preset ``paper``: our reconstruction of Yang et al., ICML 2025.
 
 1. Transfer entropy of each block becomes a ratio for each block (Algorithm 1, Eq. 4).
-2. K-means on the unit entropies of each layer; the lowest cluster goes, never more than the block's ratio (3.3).
-3. What is left of the ratio (Eq. 5) is met by removing whole blocks and sub-blocks of least transfer entropy, found
-   by depth-first branch and bound (Eq. 6).
+2. K-means on the unit entropies of each layer; the lowest cluster goes, never more than the block's
+   ratio (section 3.3).
+3. What is left of the ratio (Eq. 5) is met by removing whole blocks and sub-blocks of least
+   transfer entropy, found by depth-first branch and bound (Eq. 6).
 4. Surplus is given back, or the rest taken, unit by unit.
 
-The published text leaves Eqs. 4-6 and many details open; each choice is a field of `PruningConfig` marked "Method",
-and its value is recorded in the plan. Numbers obtained with it are ours, not the paper's.
+The published text leaves Eqs. 4-6 and many details open; each choice is a field of `PruningConfig`
+marked "Method", and its value is recorded in the plan. Numbers obtained with it are ours, not the
+paper's.
 
 References:
-    Yang, Yan, Li, Ma, et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, PMLR 267.
+    Yang, Yan, Li, Ma, et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, PMLR
+    267.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from lit_prune.allocation import (
     cluster_ladder,
     depth_first,
     greedy,
+    meet,
     settle,
-    uniform_counts,
+    uniform_choice,
 )
 from lit_prune.calibration import Unit
 from lit_prune.decoder import all_kept
@@ -37,7 +41,8 @@ if TYPE_CHECKING:
     from lit_prune.decoder import SubBlock
     from lit_prune.methods.decision import Judge, Scores
 
-# K of K-means: published for 30 % and 50 %; at 40 % the paper searched. The ends of the gap are ours.
+# K of K-means: published for 30 % and 50 %; at 40 % the paper searched. The ends of the gap are
+# ours.
 _FEW, _MANY = 3, 6
 _FEW_UP_TO, _MANY_FROM = 0.35, 0.45
 # A block whose ratio is this near to 1 leaves first under `stage_order="coarse_first"`.
@@ -60,7 +65,9 @@ def decide(budget: Budget, scores: Scores, ranking: Ranking, judge: Judge) -> De
     if not config.pruning_ratio:
         return Decision(all_kept(budget.spec), {"stages": "nothing to remove"})
     if config.allocator == "uniform":
-        return _uniform(budget)
+        counts = uniform_choice(budget)
+        _require_met(budget, counts)
+        return Decision(counts, {"allocator": "uniform"})
     ratio = config.pruning_ratio
     if config.num_clusters is not None:
         return _with_clusters(budget, scores, ranking, config.num_clusters)
@@ -79,7 +86,10 @@ def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_cluster
     config, spec = budget.config, budget.spec
     ratios = _ratios(budget, scores)
     counts = all_kept(spec)
-    trace: dict[str, Any] = {"num_clusters": num_clusters, "block_ratios": [round(p, 6) for p in ratios]}
+    trace: dict[str, Any] = {
+        "num_clusters": num_clusters,
+        "block_ratios": [round(p, 6) for p in ratios],
+    }
     if config.stage_order == "coarse_first":
         trace["removed_by_ratio"] = _remove_full_ratios(budget, counts, ratios)
     ladders = _ladders(budget, scores, num_clusters)
@@ -97,13 +107,19 @@ def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_cluster
         if selection is not None:
             trace["searches"].append(_describe(selection))
             for candidate in selection.chosen:
-                for kind in ("attention", "mlp") if candidate.kind == "block" else (candidate.kind,):
+                for kind in (
+                    ("attention", "mlp") if candidate.kind == "block" else (candidate.kind,)
+                ):
                     counts[candidate.layer, kind] = 0
         if config.exact_hit == "cluster":
             _next_clusters(budget, counts, ranking, ladders)
         counts = settle(budget, counts, ranking)
         if budget.met_by(counts):
             break
+    if not budget.met_by(counts):
+        # coarse steps: stages that look one step ahead get stuck where a combination of steps fits
+        counts = meet(budget, counts)
+        trace["met_by"] = "exact combination of steps nearest to the stages' result"
     _require_met(budget, counts)
     return Decision(counts, trace)
 
@@ -111,7 +127,9 @@ def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_cluster
 def _ratios(budget: Budget, scores: Scores) -> tuple[float, ...]:
     """Return the ratio of each block (Eq. 4, reconstructed)."""
     config, spec = budget.config, budget.spec
-    open_blocks = [bool(b.sub_blocks) and b.index not in config.protected_layers for b in spec.blocks]
+    open_blocks = [
+        bool(b.sub_blocks) and b.index not in config.protected_layers for b in spec.blocks
+    ]
     most = [float(here) for here in open_blocks]
     weights = [block.num_parameters for block in spec.blocks]
     # a protected block's share falls on the others, up to all of them
@@ -127,31 +145,46 @@ def _ratios(budget: Budget, scores: Scores) -> tuple[float, ...]:
     )
 
 
-def _remove_full_ratios(budget: Budget, counts: dict[SubBlock, int], ratios: tuple[float, ...]) -> list[int]:
-    """Remove blocks whose ratio is (nearly) 1, as far as the budget and the last attention allow."""
+def _remove_full_ratios(
+    budget: Budget, counts: dict[SubBlock, int], ratios: tuple[float, ...]
+) -> list[int]:
+    """Remove blocks whose ratio is (nearly) 1, as far as budget and last attention allow."""
     gone = []
     for block in sorted(budget.spec.blocks, key=lambda b: (-ratios[b.index], b.index)):
         places: list[SubBlock] = [(block.index, part.kind) for part in block.sub_blocks]
         draft = {**counts, **dict.fromkeys(places, 0)}
         attends = any(count for (_, kind), count in draft.items() if kind == "attention")
-        allowed = all(0 in budget.allowed[place] for place in places) and "block" in budget.config.granularities
-        if ratios[block.index] >= _WHOLE and places and allowed and attends and budget.deficit(draft) >= 0:
+        allowed = (
+            all(0 in budget.allowed[place] for place in places)
+            and "block" in budget.config.granularities
+        )
+        if (
+            ratios[block.index] >= _WHOLE
+            and places
+            and allowed
+            and attends
+            and budget.deficit(draft) >= 0
+        ):
             counts.update(draft)
             gone.append(block.index)
     return gone
 
 
-def _ladders(budget: Budget, scores: Scores, num_clusters: int) -> dict[SubBlock, tuple[tuple[int, ...], ...]]:
+def _ladders(
+    budget: Budget, scores: Scores, num_clusters: int
+) -> dict[SubBlock, tuple[tuple[int, ...], ...]]:
     config = budget.config
     return {
-        place: cluster_ladder(entropy.numpy(), num_clusters, method=config.clustering, seed=config.seed)
+        place: cluster_ladder(
+            entropy.numpy(), num_clusters, method=config.clustering, seed=config.seed
+        )
         for place, entropy in scores.units.items()
         if len([count for count in budget.allowed[place] if count]) > 1
     }
 
 
 def _search(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> Selection | None:
-    """Remove whole blocks and sub-blocks for what is left of the ratio (Eqs. 5-6, reconstructed)."""
+    """Remove whole blocks and sub-blocks for what is left (Eqs. 5-6, reconstructed)."""
     config = budget.config
     missing = budget.deficit(counts)
     slack = config.search_tolerance * budget.spec.decoder_parameters
@@ -163,15 +196,22 @@ def _search(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> Sele
     options: dict[str, Any] = {"max_attention_removed": max(attending - 1, 0)} if attending else {}
     if solve is depth_first:
         options["node_limit"] = config.node_limit
-    # with channels to give back, any overshoot can be repaired; without, the search itself must hit the window
+    # with channels to give back, any overshoot can be repaired; without, the search itself must hit
+    # the window
     if "channel" in config.granularities:
         windows: list[tuple[float, float | None]] = [(missing - slack, None)]
     else:
-        windows = [(missing - budget.tolerance, missing + budget.tolerance), (missing - budget.tolerance, None)]
+        windows = [
+            (missing - budget.tolerance, missing + budget.tolerance),
+            (missing - budget.tolerance, None),
+        ]
     for low, high in windows:
         try:
             selection = solve(
-                candidates, minimum=max(1, round(low)), maximum=None if high is None else int(high), **options
+                candidates,
+                minimum=max(1, round(low)),
+                maximum=None if high is None else int(high),
+                **options,
             )
         except BudgetError:
             continue
@@ -186,16 +226,27 @@ def _candidates(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> 
         parts = [part for part in block.sub_blocks if counts[block.index, part.kind]]
         if not parts or any(0 not in budget.allowed[block.index, part.kind] for part in parts):
             continue
-        sizes = {p.kind: counts[block.index, p.kind] * p.unit_parameters + p.fixed_parameters for p in parts}
+        sizes = {
+            p.kind: counts[block.index, p.kind] * p.unit_parameters + p.fixed_parameters
+            for p in parts
+        }
         if "block" in budget.config.granularities:
-            unit = Unit(block.index, "block" if len(block.sub_blocks) == len(parts) else parts[0].kind)
+            unit = Unit(
+                block.index, "block" if len(block.sub_blocks) == len(parts) else parts[0].kind
+            )
             kind = "block" if len(parts) > 1 else parts[0].kind
             found.append(
                 Candidate(
-                    name=str(unit), layer=block.index, kind=kind, cost=scores.transfer[unit], size=sum(sizes.values())
+                    name=str(unit),
+                    layer=block.index,
+                    kind=kind,
+                    cost=scores.transfer[unit],
+                    size=sum(sizes.values()),
                 )
             )
-        if "sub_block" in budget.config.granularities and (len(parts) > 1 or not found or found[-1].layer != block.index):
+        if "sub_block" in budget.config.granularities and (
+            len(parts) > 1 or not found or found[-1].layer != block.index
+        ):
             found += [
                 Candidate(
                     name=str(Unit(block.index, kind)),
@@ -215,7 +266,7 @@ def _next_clusters(
     ranking: Ranking,
     ladders: dict[SubBlock, tuple[tuple[int, ...], ...]],
 ) -> None:
-    """Top up by whole next clusters, lowest mean entropy first, while one fits into what is missing."""
+    """Top up by whole next clusters, lowest mean entropy first, while one fits."""
     while budget.deficit(counts) > 0:
         steps = []
         for place, ladder in ladders.items():
@@ -235,42 +286,14 @@ def _next_clusters(
         counts[place] = to
 
 
-def _uniform(budget: Budget) -> Decision:
-    """Remove the same share of KV groups and of channels from every layer: the fixed-ratio control."""
-    spec, config = budget.spec, budget.config
-    places = [(index, part) for index, part in spec.sub_blocks if index not in config.protected_layers]
-    groups = sorted({c for i, p in places if p.kind == "attention" for c in budget.allowed[i, p.kind]})
-    most = max(groups, default=1)
-    shares = sorted({1 - c / most for c in groups}, key=lambda share: abs(share - config.pruning_ratio)) or [0.0]
-    widest = max((p.num_units for _, p in places if p.kind == "mlp"), default=1)
-    best: tuple[float, dict[SubBlock, int]] | None = None
-    for share in shares:
-        for kept in range(widest, 0, -budget.channel_multiple if "channel" in config.granularities else -widest):
-            counts = all_kept(spec)
-            for index, part in places:
-                place: SubBlock = (index, part.kind)
-                cut = share if part.kind == "attention" else 1 - kept / widest
-                if len(budget.allowed[place]) > 1:
-                    multiple = budget.channel_multiple if part.kind == "mlp" else 1
-                    least = config.min_kv_groups if part.kind == "attention" else 1
-                    counts[place] = uniform_counts(part.num_units, cut, minimum_kept=least, multiple=multiple)
-            miss = abs(budget.deficit(counts))
-            if best is None or miss < best[0]:
-                best = (miss, counts)
-        if best is not None and best[0] <= budget.tolerance:
-            break
-    counts = best[1] if best else all_kept(spec)
-    _require_met(budget, counts)
-    return Decision(counts, {"allocator": "uniform"})
-
-
 def _require_met(budget: Budget, counts: dict[SubBlock, int]) -> None:
     achieved = budget.removed(counts) / budget.spec.decoder_parameters
     if not budget.met_by(counts) or counts == all_kept(budget.spec):
         raise BudgetError(
-            f"pruning_ratio {budget.config.pruning_ratio:g} was not met: the nearest plan of allocator "
-            f"{budget.config.allocator!r} removes {achieved:.4f} (channel_multiple {budget.channel_multiple}). Ask for "
-            "that, allow more granularities, or set a smaller channel_multiple."
+            f"pruning_ratio {budget.config.pruning_ratio:g} was not met: the nearest plan of "
+            f"allocator {budget.config.allocator!r} removes {achieved:.4f} (channel_multiple "
+            f"{budget.channel_multiple}). Ask for that, allow more granularities, or set a "
+            "smaller channel_multiple."
         )
 
 

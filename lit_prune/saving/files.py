@@ -1,4 +1,4 @@
-"""Reading and writing files that a stranger may have written: strict JSON, safe names, hashes, fsync."""
+"""Files that a stranger may have written: strict JSON, safe names, hashes; fsync for our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 64 * 2**20
 _NAME = re.compile(r"[\w.-]+", re.ASCII)
 # What unpickles, or is code: reading one can run whatever its author wanted.
-_RISKY = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz", ".py", ".pyc", ".so")
+_RISKY = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".joblib",
+    ".npy",
+    ".npz",
+    ".py",
+    ".pyc",
+    ".so",
+)
 
 
 def is_risky(name: str) -> bool:
@@ -36,14 +49,18 @@ def inside(directory: Path, name: str) -> Path:
         ArtifactError: If the name is not a plain one, or a link leads out of the directory.
     """
     if not _NAME.fullmatch(name) or not name.strip("."):
-        raise ArtifactError(f"{directory}: {name!r:.80} is not a plain file name ([A-Za-z0-9_.-]); refused.")
+        raise ArtifactError(
+            f"{directory}: {name!r:.80} is not a plain file name ([A-Za-z0-9_.-]); refused."
+        )
     path = directory / name
     try:
         lies_in = path.resolve().parent
     except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links
         raise ArtifactError(f"{path} cannot be followed: {error}.") from error
     if lies_in != directory.resolve():
-        raise ArtifactError(f"{path} is a link that leads out of its directory, to {lies_in}; refused.")
+        raise ArtifactError(
+            f"{path} is a link that leads out of its directory, to {lies_in}; refused."
+        )
     return path
 
 
@@ -85,7 +102,9 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     try:
         whole = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not the JSON that save_pruned writes: {error!s:.200}.") from error
+        raise ArtifactError(
+            f"{path} is not the JSON that save_pruned writes: {error!s:.200}."
+        ) from error
     if not isinstance(whole, dict):
         raise ArtifactError(f"{path} must hold a JSON object, got {type(whole).__name__}.")
     return whole
@@ -114,7 +133,11 @@ def sync(path: Path) -> None:
 
 
 def _typed(error: OSError, path: Path) -> ArtifactError:
-    return error if isinstance(error, ArtifactError) else ArtifactError(f"{path} cannot be read: {error}.")
+    return (
+        error
+        if isinstance(error, ArtifactError)
+        else ArtifactError(f"{path} cannot be read: {error}.")
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

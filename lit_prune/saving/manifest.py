@@ -1,15 +1,14 @@
-"""``MANIFEST.json``: every file of a saved model with size and hash; written last, so it marks completeness."""
+"""``MANIFEST.json``: every file with size and hash; written last, so it marks completeness."""
 
 from __future__ import annotations
 
-import platform
 import re
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.files import inside, is_risky, read_json, sha256_of, write_json
+from lit_prune.saving.versions import package_versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +35,8 @@ class Manifest:
 
     Attributes:
         files: Every file but the manifest itself, by name.
-        architecture: Family, format (``stock`` or ``lit_prune``), layers, dtype, tie, fingerprint of the shapes.
+        architecture: Family, format (``stock`` or ``lit_prune``), layers, dtype, tie, fingerprint
+            of the shapes.
         verified: Whether the directory was loaded and compared before it was put in place.
         verification: How, in words.
         versions: Of the packages that wrote it.
@@ -49,7 +49,9 @@ class Manifest:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, directory: Path, *, architecture: dict[str, Any], verified: bool, verification: str) -> Manifest:
+    def of(
+        cls, directory: Path, *, architecture: dict[str, Any], verified: bool, verification: str
+    ) -> Manifest:
         """Describe the files that are there.
 
         Raises:
@@ -62,8 +64,9 @@ class Manifest:
             inside(directory, path.name)
             if not path.is_file() or is_risky(path.name):
                 raise ArtifactError(
-                    f"{path.name} cannot be part of a saved model: only plain files that hold no code and no pickle "
-                    "can. If the tokenizer brought it, save without tokenizer=… and keep it elsewhere."
+                    f"{path.name} cannot be part of a saved model: only plain files that hold no "
+                    "code and no pickle can. If the tokenizer brought it, save without "
+                    "tokenizer=… and keep it elsewhere."
                 )
             files[path.name] = FileEntry(path.stat().st_size, sha256_of(path))
         return cls(
@@ -94,19 +97,32 @@ class Manifest:
             raise ArtifactError(f"{directory} is not a directory; pass what save_pruned returned.")
         if not (directory / MANIFEST).exists():
             raise ArtifactError(
-                f"{directory} has no {MANIFEST}: not written by save_pruned, or the saving did not finish."
-                f"{_risky_files(directory)} A dense model is read by AutoModelForCausalLM.from_pretrained."
+                f"{directory} has no {MANIFEST}: not written by save_pruned, or the saving did "
+                f"not finish.{_risky_files(directory)} A dense model is read by "
+                "AutoModelForCausalLM.from_pretrained."
             )
         raw = read_json(inside(directory, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
         place = directory / MANIFEST
-        if not isinstance(raw.get("schema_version"), int) or raw["schema_version"] != SCHEMA_VERSION:
+        if (
+            not isinstance(raw.get("schema_version"), int)
+            or raw["schema_version"] != SCHEMA_VERSION
+        ):
             raise ArtifactError(
-                f"{place} has schema_version {raw.get('schema_version')!r:.40}; this lit_prune reads {SCHEMA_VERSION}."
+                f"{place} has schema_version {raw.get('schema_version')!r:.40}; this lit_prune "
+                f"reads {SCHEMA_VERSION}."
             )
-        kinds = {"files": dict, "architecture": dict, "verified": bool, "verification": str, "versions": dict}
+        kinds = {
+            "files": dict,
+            "architecture": dict,
+            "verified": bool,
+            "verification": str,
+            "versions": dict,
+        }
         for key, kind in kinds.items():
             if not isinstance(raw.get(key), kind):
-                raise ArtifactError(f"{place}: {key} must be of type {kind.__name__}, got {raw.get(key)!r:.80}.")
+                raise ArtifactError(
+                    f"{place}: {key} must be of type {kind.__name__}, got {raw.get(key)!r:.80}."
+                )
         if unknown := sorted(set(raw) - {*kinds, "schema_version"}):
             raise ArtifactError(f"{place} has the unknown key {unknown[0]!r:.80}.")
         files = {name: _entry(directory, name, entry) for name, entry in raw["files"].items()}
@@ -121,42 +137,43 @@ class Manifest:
         for name, entry in self.files.items():
             path = inside(directory, name)
             if not path.is_file():
-                raise ArtifactError(f"{directory}: {name} is missing.{_risky_files(directory)} Copy the directory again.")
+                raise ArtifactError(
+                    f"{directory}: {name} is missing.{_risky_files(directory)} Copy the "
+                    "directory again."
+                )
             if (size := path.stat().st_size) != entry.size:
                 word = "short" if size < entry.size else "too long"
                 raise ArtifactError(
-                    f"{directory}: {name} is {word}: {size} bytes, expected {entry.size}. Copy the directory again."
+                    f"{directory}: {name} is {word}: {size} bytes, expected {entry.size}. Copy "
+                    "the directory again."
                 )
         for name, entry in self.files.items():
             if sha256_of(inside(directory, name)) != entry.sha256:
-                raise ArtifactError(f"{directory}: {name} was altered: its sha256 is not the one in {MANIFEST}.")
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a saved model depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("lit-prune", "torch", "transformers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+                raise ArtifactError(
+                    f"{directory}: {name} was altered: its sha256 is not the one in {MANIFEST}."
+                )
 
 
 def _entry(directory: Path, name: str, entry: Mapping[str, Any]) -> FileEntry:
     inside(directory, name)
     if is_risky(name):
         raise ArtifactError(
-            f"{directory}: {MANIFEST} lists {name}, which is code or a pickle: reading it can run whatever its author "
-            "wanted. lit_prune reads safetensors and JSON only."
+            f"{directory}: {MANIFEST} lists {name}, which is code or a pickle: reading it can run "
+            "whatever its author wanted. lit_prune reads safetensors and JSON only."
         )
     if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-        raise ArtifactError(f"{directory}: the entry of {name} must have size and sha256, got {entry!r:.80}.")
+        raise ArtifactError(
+            f"{directory}: the entry of {name} must have size and sha256, got {entry!r:.80}."
+        )
     size, digest = entry["size"], entry["sha256"]
     if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ArtifactError(f"{directory}: the size of {name} must be a number of bytes, got {size!r:.40}.")
+        raise ArtifactError(
+            f"{directory}: the size of {name} must be a number of bytes, got {size!r:.40}."
+        )
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-        raise ArtifactError(f"{directory}: the sha256 of {name} must be 64 hexadecimal digits, got {digest!r:.80}.")
+        raise ArtifactError(
+            f"{directory}: the sha256 of {name} must be 64 hexadecimal digits, got {digest!r:.80}."
+        )
     return FileEntry(size, digest)
 
 
@@ -165,6 +182,6 @@ def _risky_files(directory: Path) -> str:
     if not risky:
         return ""
     return (
-        f" {', '.join(risky[:4])} stands in its place: reading code or a pickle can run whatever its author wanted; "
-        "lit_prune never does."
+        f" {', '.join(risky[:4])} stands in its place: reading code or a pickle can run whatever "
+        "its author wanted; lit_prune never does."
     )

@@ -22,16 +22,18 @@ _SLACK_BYTES = 32 * 2**20  # config, tokenizer, plan, report
 
 @contextmanager
 def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """Yield an empty directory beside ``directory``; when the block ends well it becomes ``directory``.
+    """Yield an empty directory beside ``directory``, which it becomes when the block ends well.
 
     Args:
         directory: The target. Links are followed.
-        overwrite: Replace what an earlier `save_pruned` wrote there; the old one stays until the new one is in place.
+        overwrite: Replace what an earlier `save_pruned` wrote there; the old one stays until the
+            new one is in place.
         num_bytes: Expected size, checked against the free space first.
 
     Raises:
-        ArtifactError: If the target is in the way, cannot be written, or the disk is too small: before any work, if
-            it can be known. Whatever fails, the target is as it was and the temporary directory is gone.
+        ArtifactError: If the target is in the way, cannot be written, or the disk is too small:
+            before any work, if it can be known. Whatever fails, the target is as it was and the
+            temporary directory is gone.
     """
     target = Path(os.path.realpath(directory))
     _refuse_target(target, overwrite=overwrite)
@@ -42,19 +44,21 @@ def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path
         raise ArtifactError(f"{target.parent} cannot hold a saved model: {error}.") from error
     if free < num_bytes + _SLACK_BYTES:
         raise ArtifactError(
-            f"{target.parent} has {free / 1e6:.0f} MB free; saving needs {(num_bytes + _SLACK_BYTES) / 1e6:.0f} MB. "
-            "Nothing was written."
+            f"{target.parent} has {free / 1e6:.0f} MB free; saving needs "
+            f"{(num_bytes + _SLACK_BYTES) / 1e6:.0f} MB. Nothing was written."
         )
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir()
     except FileExistsError as error:
         raise ArtifactError(
-            f"{temporary} exists: another save_pruned of this process writes the same target, or one was killed. "
-            "Wait for it, or delete that directory."
+            f"{temporary} exists: another save_pruned of this process writes the same target, or "
+            "one was killed. Wait for it, or delete that directory."
         ) from error
     except OSError as error:
-        raise ArtifactError(f"{target.parent} cannot be written: {error}. Nothing was written.") from error
+        raise ArtifactError(
+            f"{target.parent} cannot be written: {error}. Nothing was written."
+        ) from error
     try:
         yield temporary
         for path in temporary.iterdir():
@@ -64,7 +68,9 @@ def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path
     except ArtifactError:
         raise
     except OSError as error:
-        raise ArtifactError(f"saving to {target} failed: {error}. The target is as it was.") from error
+        raise ArtifactError(
+            f"saving to {target} failed: {error}. The target is as it was."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
 
@@ -75,7 +81,9 @@ def _refuse_target(target: Path, *, overwrite: bool) -> None:
     if not target.is_dir():
         raise ArtifactError(f"{target} exists and is not a directory. Choose another name.")
     if not overwrite:
-        raise ArtifactError(f"{target} exists. Pass overwrite=True to replace it, or choose another name.")
+        raise ArtifactError(
+            f"{target} exists. Pass overwrite=True to replace it, or choose another name."
+        )
     present = {path.name for path in target.iterdir()}
     if not present:
         return
@@ -83,13 +91,13 @@ def _refuse_target(target: Path, *, overwrite: bool) -> None:
         known = {MANIFEST, *Manifest.read(target).files}
     except ArtifactError as error:
         raise ArtifactError(
-            f"{target} was not written by save_pruned ({error}) overwrite=True would delete it: delete it yourself, "
-            "or choose another name."
+            f"{target} was not written by save_pruned ({error}) overwrite=True would delete it: "
+            "delete it yourself, or choose another name."
         ) from error
     if foreign := sorted(present - known):
         raise ArtifactError(
-            f"{target} holds {', '.join(foreign[:4])}, which save_pruned did not write and overwrite=True would delete. "
-            "Move it away first."
+            f"{target} holds {', '.join(foreign[:4])}, which save_pruned did not write and "
+            "overwrite=True would delete. Move it away first."
         )
 
 
@@ -98,7 +106,9 @@ def _put_in_place(temporary: Path, target: Path, *, overwrite: bool) -> None:
         try:
             temporary.rename(target)  # onto anything but an empty directory this fails
         except OSError as error:
-            raise ArtifactError(f"{target} appeared while it was being saved ({error}); it was left as it is.") from error
+            raise ArtifactError(
+                f"{target} appeared while it was being saved ({error}); it was left as it is."
+            ) from error
         sync(target.parent)
         return
     old = target.with_name(f".{target.name}.old-{os.getpid()}")

@@ -1,4 +1,4 @@
-"""The tensors of a model as safetensors files: ties once, shards when large, headers read before data."""
+"""Tensors as safetensors files: ties once, shards when large, headers read before data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DTYPE_CODES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what must be stored, and the ties: further name of a parameter → the name that is stored.
+    """Return what must be stored, and the ties: further name → the name that is stored.
 
     Example:
         >>> first, second = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
@@ -40,11 +40,17 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         >>> sorted(stored), ties
         (['0.weight'], {'1.weight': '0.weight'})
     """
-    names: dict[int, str] = {}
+    names: dict[tuple[int, ...], str] = {}
     stored: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        first = names.setdefault(id(tensor), name)
+        # the same memory, not only the same object: some wrappers make new Parameter objects
+        same = (
+            (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+            if tensor.data_ptr()
+            else (id(tensor),)
+        )
+        first = names.setdefault(same, name)
         if first == name:
             stored[name] = tensor.detach()
         else:
@@ -64,7 +70,8 @@ def digest_of(model: nn.Module) -> str:
     whole = hashlib.sha256(repr(sorted(ties.items())).encode())
     for name, tensor in sorted(stored.items()):
         whole.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        whole.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        whole.update(raw)  # type: ignore[arg-type] # numpy arrays are buffers
     return whole.hexdigest()
 
 
@@ -85,7 +92,9 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: 
         write_json(directory / INDEX, {"metadata": total, "weight_map": weight_map})
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None
+) -> None:
     """Write one safetensors file.
 
     Raises:
@@ -121,7 +130,8 @@ def read_shapes(files: Iterable[Path]) -> dict[str, tuple[tuple[int, ...], str]]
                     part = file.get_slice(name)
                     if name in found or part.get_dtype() not in _DTYPE_CODES:
                         raise ArtifactError(
-                            f"{path}: {name:.80} is there twice, or not a float ({part.get_dtype()})."
+                            f"{path}: {name:.80} is there twice, or not a float "
+                            f"({part.get_dtype()})."
                         )
                     found[name] = (tuple(part.get_shape()), _DTYPE_CODES[part.get_dtype()])
         except (SafetensorError, OSError) as error:

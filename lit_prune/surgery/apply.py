@@ -30,19 +30,25 @@ if TYPE_CHECKING:
     from lit_prune.plan import PruningPlan
     from lit_prune.surgery.compensation import Compensation
 
-# Largest difference of logits to the masked dense model, as a fraction of the largest logit. float32 sums in another
-# order; half precision rounds every activation, and the rounding grows through the layers.
+# Largest difference of logits to the masked dense model, as a fraction of the largest logit.
+# float32 sums in another order; half precision rounds every activation, and the rounding grows
+# through the layers.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 def apply_plan(
-    model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None = None, *, verify: bool = True
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensation: Compensation | None = None,
+    *,
+    verify: bool = True,
 ) -> None:
     """Make ``model`` smaller, in place, all or nothing.
 
-    q/k/v/o and gate/up/down are sliced, removed sub-blocks become constants, removed blocks leave the stack; config,
-    KV-cache slots and per-layer lists follow. dtype, device, ``requires_grad``, ties and hooks of what stays are
-    kept. The result is compared with the dense model whose cut units are masked.
+    q/k/v/o and gate/up/down are sliced, removed sub-blocks become constants, removed blocks leave
+    the stack; config, KV-cache slots and per-layer lists follow. dtype, device, ``requires_grad``,
+    ties and hooks of what stays are kept. The result is compared with the dense model whose cut
+    units are masked.
 
     Args:
         model: The model that the plan was made for.
@@ -52,13 +58,15 @@ def apply_plan(
 
     Raises:
         PlanMismatchError: If plan or compensation belong to another model.
-        SurgeryError: If the result is not what was planned. In every failure the model is bit-identical.
+        SurgeryError: If the result is not what was planned. In every failure the model is
+            bit-identical.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from lit_prune.plan import LayerPlan, PruningPlan
-        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        ...     num_attention_heads=4, num_key_value_heads=2, vocab_size=32)).eval()
+        >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        ...                      num_attention_heads=4, num_key_value_heads=2, vocab_size=32)
+        >>> model = LlamaForCausalLM(config).eval()
         >>> layers = (LayerPlan(0, (1,), tuple(range(8))), LayerPlan(1, (), ()))
         >>> apply_plan(model, PruningPlan(spec_for(model).fingerprint, layers))
         >>> model.config.num_hidden_layers, model.model.layers[0].mlp.down_proj
@@ -90,9 +98,14 @@ def stage(
     counts: dict[SubBlock, int] = {}
     for index, part in spec.sub_blocks:
         layer = plan.layers[index]
-        counts[index, part.kind] = len(layer.kv_groups if part.kind == "attention" else layer.channels)
+        counts[index, part.kind] = len(
+            layer.kv_groups if part.kind == "attention" else layer.channels
+        )
     left = remainder(spec, counts, constants)
-    biases = {holder: sum(constants[place] for place in places) for holder, places in left.holders.items()}
+    biases = {
+        holder: torch.stack([constants[place] for place in places]).sum(0)
+        for holder, places in left.holders.items()
+    }
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
         if index not in left.blocks:
@@ -103,11 +116,20 @@ def stage(
         if counts[place] < part.num_units:
             layer = plan.layers[index]
             kept = layer.kv_groups if part.kind == "attention" else layer.channels
-            _slice(edits, parts, place, kept, part.head_dim if isinstance(part, AttentionSpec) else None, part.unit_width)
+            _slice(
+                edits,
+                parts,
+                place,
+                kept,
+                part.head_dim if isinstance(part, AttentionSpec) else None,
+                part.unit_width,
+            )
         if place in biases:
             linear = parts.output(*place)
             bias = biases[place] + (0 if linear.bias is None else linear.bias.double().cpu())
-            edits.parameter(linear, "bias", bias, like=linear.weight if linear.bias is None else linear.bias)
+            edits.parameter(
+                linear, "bias", bias, like=linear.weight if linear.bias is None else linear.bias
+            )
     if LEADING in biases and spec.blocks[0].attention is None:
         _add_to_constant(edits, parts, biases[LEADING])
     _restack(edits, parts, spec, counts, left.blocks)
@@ -127,7 +149,8 @@ def _slice(
     edits.parameter(output, "weight", output.weight[:, columns.to(output.weight.device)])
     edits.attribute(output, "in_features", len(columns))
     for number, linear in enumerate(parts.inputs(*place)):
-        # q rows are laid out like o columns, whole groups of query heads; k and v have one head for each group
+        # q rows are laid out like o columns, whole groups of query heads; k and v have one head for
+        # each group
         rows = columns if head_dim is None or number == 0 else unit_columns(kept, head_dim)
         rows = rows.to(linear.weight.device)
         edits.parameter(linear, "weight", linear.weight[rows])
@@ -136,7 +159,9 @@ def _slice(
         edits.attribute(linear, "out_features", len(rows))
 
 
-def _remove(edits: StagedEdits, parts: DecoderParts, place: SubBlock, constant: Tensor | None) -> None:
+def _remove(
+    edits: StagedEdits, parts: DecoderParts, place: SubBlock, constant: Tensor | None
+) -> None:
     index, kind = place
     like = parts.output(index, kind).weight
     bias = None
@@ -146,16 +171,21 @@ def _remove(edits: StagedEdits, parts: DecoderParts, place: SubBlock, constant: 
     module = ConstantOutput(bias, returns_weights=kind == "attention")
     module.train(parts.sub_block(index, kind).training)
     identity = nn.Identity().train(module.training)
-    for path, new_module in ((parts.sub_block_path(kind), module), (parts.norm_path(kind), identity)):
+    for path, new_module in (
+        (parts.sub_block_path(kind), module),
+        (parts.norm_path(kind), identity),
+    ):
         parent, _, leaf = path.rpartition(".")
         edits.attribute(parts.layers[index].get_submodule(parent), leaf, new_module)
 
 
 def _add_to_constant(edits: StagedEdits, parts: DecoderParts, constant: Tensor) -> None:
     slot = parts.sub_block(*LEADING)
-    old = slot.bias if isinstance(slot, ConstantOutput) else None
-    like = next(parts.layers[0].parameters()) if old is None else old
-    edits.parameter(slot, "bias", constant + (0 if old is None else old.double().cpu()), like=like)
+    assert isinstance(slot, ConstantOutput)  # noqa: S101 - narrows the type; the spec says so
+    like = next(parts.layers[0].parameters()) if slot.bias is None else slot.bias
+    if slot.bias is not None:
+        constant = constant + slot.bias.double().cpu()
+    edits.parameter(slot, "bias", constant, like=like)
 
 
 def _restack(
@@ -168,9 +198,7 @@ def _restack(
     """Drop removed blocks; renumber cache slots; let the config say what is so."""
     if len(blocks) < len(spec.blocks):
         stack = nn.ModuleList(parts.layers[index] for index in blocks)
-        stack.train(parts.layers.training)
-        for layer, index in zip(stack, blocks, strict=True):
-            layer.training = parts.layers[index].training
+        stack.training = parts.layers.training
         parent, _, leaf = parts.family.layers.rpartition(".")
         edits.attribute(parts.model.get_submodule(parent), leaf, stack)
     types, slots = cache_slots(
@@ -185,9 +213,12 @@ def _restack(
     groups = {counts.get((index, "attention"), 0) for index in blocks}
     channels = {counts.get((index, "mlp"), 0) for index in blocks}
     queries = {part.queries_per_group for part in attentions}
-    fields: dict[str, object] = {"num_hidden_layers": len(blocks), "head_dim": attentions[0].head_dim}
-    # a stock config has one width for all layers: where there are several it keeps the dense ones, and saving
-    # writes the widths of each layer beside it
+    fields: dict[str, object] = {
+        "num_hidden_layers": len(blocks),
+        "head_dim": attentions[0].head_dim,
+    }
+    # a stock config has one width for all layers: where there are several it keeps the dense ones,
+    # and saving writes the widths of each layer beside it
     if len(groups) == 1 and len(queries) == 1:
         fields["num_key_value_heads"] = min(groups)
         fields["num_attention_heads"] = min(groups) * min(queries)
@@ -211,7 +242,8 @@ def _check_ids(model: PreTrainedModel) -> Tensor:
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with quiet(model):
-        return model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def _masked_logits(
@@ -229,7 +261,8 @@ def _compare(wanted: Tensor, got: Tensor, ids: Tensor) -> None:
     dtype = wanted.dtype
     if not worst <= _TOLERANCE[dtype] * scale:
         raise SurgeryError(
-            f"the pruned model does not compute what the plan says: logits of {list(ids.shape)} random tokens differ "
-            f"by {worst:.3g} (largest logit {scale:.3g}, {dtype}) from the dense model with the same units masked. "
-            "The model was put back as it was. Please report this with the model's config."
+            f"the pruned model does not compute what the plan says: logits of {list(ids.shape)} "
+            f"random tokens differ by {worst:.3g} (largest logit {scale:.3g}, {dtype}) from the "
+            "dense model with the same units masked. The model was put back as it was. Please "
+            "report this with the model's config."
         )

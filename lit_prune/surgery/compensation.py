@@ -27,7 +27,8 @@ class Compensation:
     """Constants that stand in for cut units; made for one plan on one set of weights.
 
     Attributes:
-        constants: Mean output of what was cut, by ``(layer, kind)``, ``[hidden_size]`` each, float64.
+        constants: Mean output of what was cut, by ``(layer, kind)``, ``[hidden_size]`` each,
+            float64.
         plan_digest: The plan that it belongs to.
         weights_digest: The weights that it was made for.
     """
@@ -40,8 +41,13 @@ class Compensation:
         """Write ``compensation.safetensors``."""
         from safetensors.torch import save_file
 
-        header = json.dumps({"plan_digest": self.plan_digest, "weights_digest": self.weights_digest})
-        tensors = {f"{layer}.{kind}": constant.contiguous() for (layer, kind), constant in self.constants.items()}
+        header = json.dumps(
+            {"plan_digest": self.plan_digest, "weights_digest": self.weights_digest}
+        )
+        tensors = {
+            f"{layer}.{kind}": constant.contiguous()
+            for (layer, kind), constant in self.constants.items()
+        }
         beside = path.with_name(f".{path.name}.tmp")
         save_file(tensors, beside, metadata={"lit_prune": header})
         beside.replace(path)
@@ -61,7 +67,9 @@ class Compensation:
                 constants: dict[SubBlock, Tensor] = {}
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     layer, kind = name.split(".")
-                    constants[int(layer), "attention" if kind == "attention" else "mlp"] = file.get_tensor(name)
+                    constants[int(layer), "attention" if kind == "attention" else "mlp"] = (
+                        file.get_tensor(name)
+                    )
                 return cls(constants, header["plan_digest"], header["weights_digest"])
         except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
             raise ArtifactError(f"{path} is not a compensation of lit_prune: {error!r}.") from error
@@ -74,12 +82,14 @@ class Compensation:
         """
         if self.plan_digest != plan.digest:
             raise PlanMismatchError(
-                f"compensation was made for plan {self.plan_digest[:12]}…, not for {plan.digest[:12]}…."
+                f"compensation was made for plan {self.plan_digest[:12]}…, not for "
+                f"{plan.digest[:12]}…."
             )
         if self.weights_digest != weights_digest(model):
             raise PlanMismatchError(
-                "compensation was made for other weights of this architecture: its constants would be wrong. Make it "
-                "again from a calibration of this model, or apply the plan without it."
+                "compensation was made for other weights of this architecture: its constants "
+                "would be wrong. Make it again from a calibration of this model, or apply the "
+                "plan without it."
             )
 
 
@@ -101,9 +111,9 @@ def mean_compensation(
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
 
     References:
-        An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (FLAP), AAAI 2024: the
-        formula. That Yang et al. (ICML 2025, section 4.4) use exactly it, and that it is applied to whole
-        sub-blocks, is our reconstruction.
+        An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (FLAP),
+        AAAI 2024: the formula. That Yang et al. (ICML 2025, section 4.4) use exactly it, and that
+        it is applied to whole sub-blocks, is our reconstruction.
     """
     spec = spec_for(model)
     plan.validate(spec)
@@ -142,5 +152,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     whole = hashlib.blake2b(digest_size=32)
     for name, parameter in model.named_parameters():
         whole.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        whole.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole.update(
+            parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
     return whole.hexdigest()

@@ -23,8 +23,9 @@ class _Edit:
 class StagedEdits:
     """Replacement parameters, modules and attributes prepared aside.
 
-    Staging may fail or run out of memory and changes nothing. `commit` only assigns; if an assignment fails, or
-    Ctrl-C arrives, the ones before it are taken back. `rollback` takes a whole commit back.
+    Staging may fail or run out of memory and changes nothing. `commit` only assigns; if an
+    assignment fails, or Ctrl-C arrives, the ones before it are taken back. `rollback` takes a whole
+    commit back.
 
     Example:
         >>> linear, edits = nn.Linear(4, 2), StagedEdits()
@@ -45,11 +46,16 @@ class StagedEdits:
         """Return how many assignments are staged."""
         return len(self._edits)
 
-    def parameter(self, owner: nn.Module, name: str, value: Tensor, *, like: nn.Parameter | None = None) -> None:
-        """Stage a new parameter; dtype, device and ``requires_grad`` follow ``like`` (by default the old one)."""
+    def parameter(
+        self, owner: nn.Module, name: str, value: Tensor, *, like: nn.Parameter | None = None
+    ) -> None:
+        """Stage a parameter; dtype, device, ``requires_grad`` as ``like`` (default: the old)."""
         like = owner.get_parameter(name) if like is None else like
-        # clone: a bare slice keeps the whole old storage alive, and a tensor made in inference mode cannot be trained
-        new = value.detach().to(device=like.device, dtype=like.dtype).clone(memory_format=_CONTIGUOUS)
+        # clone: a bare slice keeps the whole old storage alive, and a tensor made in inference mode
+        # cannot be trained
+        new = (
+            value.detach().to(device=like.device, dtype=like.dtype).clone(memory_format=_CONTIGUOUS)
+        )
         self._edits.append(_Edit(owner, name, nn.Parameter(new, requires_grad=like.requires_grad)))
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:  # noqa: ANN401 - modules and configs alike

@@ -1,4 +1,4 @@
-"""The reference that surgery must equal: the dense model with units masked and the same constants added."""
+"""The reference for surgery: the dense model with units masked and the constants added."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def masked(model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None = None) -> Iterator[None]:
+def masked(
+    model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None = None
+) -> Iterator[None]:
     """Make the dense model compute what the pruned one would, for the time of the ``with``.
 
-    No weight is touched: hooks zero the inputs of the output projections that cut units feed, and add the constants.
+    No weight is touched: hooks zero the inputs of the output projections that cut units feed, and
+    add the constants.
 
     Args:
         model: The dense model that the plan was made for.
@@ -47,7 +50,9 @@ def masked(model: PreTrainedModel, plan: PruningPlan, compensation: Compensation
             if not kept:
                 handles.append(linear.register_forward_hook(partial(_replace, constant)))
             elif len(kept) < part.num_units:
-                mask = torch.zeros(linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype)
+                mask = torch.zeros(
+                    linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype
+                )
                 mask[unit_columns(kept, part.unit_width)] = 1
                 handles.append(linear.register_forward_pre_hook(partial(_mask, mask)))
                 if constant is not None:

@@ -1,6 +1,7 @@
 """What people look at: figures as values, and where they appear in TensorBoard."""
 
 from lit_prune.views.before_after import before_after
+from lit_prune.views.hparams import log_request
 from lit_prune.views.kept_units import kept_units
 from lit_prune.views.tensorboard import MetricLogger, log_report, log_unit_entropy
 from lit_prune.views.transfer import transfer_entropy
@@ -11,6 +12,7 @@ __all__ = [
     "before_after",
     "kept_units",
     "log_report",
+    "log_request",
     "log_unit_entropy",
     "transfer_entropy",
     "unit_entropy_heatmap",

@@ -34,7 +34,7 @@ def before_after(report: PruningReport) -> Figure:
     rows = report.rows
     figure = new_figure(12, 0.42 * max(len(rows), 2) + 2.2, "Before and after pruning")
     axes = figure.add_subplot()
-    axes.set_title(textwrap.fill(report.headline(), 95), fontsize=9, pad=10)
+    axes.set_title(textwrap.fill(report.headline(), 112), fontsize=9, pad=10)
     for y, row in enumerate(rows):
         if row.ratio is not None and math.isfinite(row.ratio):
             length = min(row.ratio, _LONGEST_BAR)
@@ -49,6 +49,7 @@ def before_after(report: PruningReport) -> Figure:
                 va="center",
                 fontsize=9,
                 fontweight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over the dashed line
             )
         else:
             axes.annotate(
@@ -60,7 +61,7 @@ def before_after(report: PruningReport) -> Figure:
                 fontsize=9,
                 color=GREY,
             )
-    axes.axvline(1, color="black", linewidth=1, linestyle="--")
+    axes.axvline(1, color="black", linewidth=1, linestyle="--", zorder=2)
     axes.set_xlim(0, _LONGEST_BAR * 1.12)
     axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [_words(row) for row in rows], fontsize=9)

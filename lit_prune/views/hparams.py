@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable
 
-    from lit_prune.report import PruningReport
+# What the tab shows as results. The values are the scalars of the same tags.
+METRICS = (
+    "prune/achieved_ratio",
+    "quality/perplexity/before",
+    "quality/perplexity/after",
+    "quality/mean_nll/after",
+    "cost/total_parameters/ratio",
+    "cost/flops_per_token/ratio",
+    "cost/kv_cache_bytes_per_token/ratio",
+    "cost/prefill_seconds/ratio",
+    "cost/decode_seconds_per_token/ratio",
+)
 
-_log = logging.getLogger(__name__)
 
-
-def write_hparams(
-    writer: Any,  # noqa: ANN401 - a SummaryWriter, or something that looks like it
-    report: PruningReport,
-    scalars: Mapping[str, float],
-    of_module: object,
-    step: int,
+def log_request(
+    loggers: Iterable[object],
+    request: Mapping[str, object],
+    of_module: object = None,
 ) -> None:
-    """Write the request as ``prune/<option>``, with achieved ratio, qualities and costs as metrics.
+    """Write the request, as ``prune/<option>``, with the hyperparameters of the module.
+
+    TensorBoard reads only the first hparams of a run, and Lightning writes the module's own
+    (``save_hyperparameters``) right after ``setup``. Called in ``setup``, this shows both; called
+    at the end, only a run whose module has none shows it. Later calls for a run change nothing.
 
     It lands in the run itself; `SummaryWriter.add_hparams` would open a second run beside it.
-    TensorBoard reads only the first hparams of a run: where the module's own were written when training
-    began (``save_hyperparameters``), the tab goes on showing those, and a notice says so.
 
     Args:
-        writer: ``experiment`` of a TensorBoard logger.
-        report: Its config is the request.
-        scalars: What was logged as scalars; the metrics point to these tags.
-        of_module: ``hparams`` of the logger: the module's own, shown beside ours where they are plain.
-        step: Global step of the trainer.
+        loggers: ``trainer.loggers``; all but TensorBoard's are passed over.
+        request: `PruningConfig.to_dict`.
+        of_module: Hyperparameters of the LightningModule; what is not a mapping is passed over.
     """
+    for logger in loggers:
+        writer: Any = getattr(logger, "experiment", None)
+        if hasattr(writer, "add_hparams") and hasattr(writer, "_get_file_writer"):
+            file = writer._get_file_writer()
+            if file is not None:  # None: the placeholder of a fast_dev_run
+                _write(file, request, of_module if isinstance(of_module, Mapping) else {})
+
+
+def _write(file: Any, request: Mapping[str, object], of_module: Mapping[str, object]) -> None:  # noqa: ANN401
     from torch.utils.tensorboard.summary import hparams
 
-    file = writer._get_file_writer() if hasattr(writer, "_get_file_writer") else None
-    if file is None:  # the placeholder of a fast_dev_run
-        return
-    theirs = of_module if isinstance(of_module, dict) else {}
-    if theirs:
-        _log.info("HPARAMS shows what the module saved first; the request is in plan/json")
-    plain = {str(k): v for k, v in theirs.items() if isinstance(v, (bool, int, float, str))}
-    own = {f"prune/{name}": _primitive(value) for name, value in report.config.items()}
-    metrics = {tag: value for tag, value in scalars.items() if _is_final(tag)}
-    for summary in hparams({**plain, **own}, metrics):
-        file.add_summary(summary, step)
-
-
-def _is_final(tag: str) -> bool:
-    place, last = tag.split("/")[0], tag.split("/")[-1]
-    return tag == "prune/achieved_ratio" or (place, last) in (
-        ("quality", "after"),
-        ("cost", "ratio"),
-    )
+    options = {name: _primitive(value) for name, value in of_module.items()}
+    options |= {f"prune/{name}": _primitive(value) for name, value in request.items()}
+    for summary in hparams(options, dict.fromkeys(METRICS, 0.0)):  # the tab wants names only
+        file.add_summary(summary)
 
 
 def _primitive(value: object) -> bool | int | float | str:

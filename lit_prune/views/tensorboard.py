@@ -16,7 +16,7 @@
 | ``report/before_after`` | image | before and after, with a bar for each ratio |
 | ``report/table`` | text | the report as Markdown |
 | ``plan/json`` | text | the plan as JSON, one line for each layer |
-| HPARAMS tab | hparams | the request as ``prune/<option>``, ratios and qualities as metrics |
+| HPARAMS tab | hparams | the request as ``prune/<option>``, results (`hparams.METRICS`) beside it |
 
 ``<key>`` is `ReportRow.key`. A row that was not measured, or is not finite, has no scalar; a score
 that was not measured has no image. Scalars go to every logger, the rest only to loggers whose
@@ -31,7 +31,7 @@ import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_prune.views.before_after import before_after
-from lit_prune.views.hparams import write_hparams
+from lit_prune.views.hparams import log_request
 from lit_prune.views.kept_units import kept_units
 from lit_prune.views.transfer import transfer_entropy
 from lit_prune.views.unit_entropy import unit_entropy_heatmap
@@ -119,7 +119,7 @@ def log_report(
             return
         for tag, text in texts.items():
             writer.add_text(tag, text, step)
-        write_hparams(writer, report, scalars, getattr(logger, "hparams", None), step)
+        log_request([logger], report.config, getattr(logger, "hparams", None))
         _write_figures(writer, draw, step)
         if hasattr(writer, "flush"):
             writer.flush()

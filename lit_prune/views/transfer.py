@@ -99,9 +99,8 @@ def transfer_entropy(
 def _scale(axes: Axes, values: list[float]) -> None:
     positive = [value for value in values if value > 0]
     if not positive or max(positive) <= 100 * min(positive):
-        axes.margins(y=0.12)
-        if values and min(values) >= 0:
-            axes.set_ylim(bottom=-0.04 * max(max(values), 1e-12))
+        highest = max(values, default=0.0) or 1.0
+        axes.set_ylim(-0.06 * highest, 1.12 * highest)
         return
     if len(positive) == len(values):
         axes.set_yscale("log")

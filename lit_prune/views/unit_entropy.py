@@ -68,7 +68,7 @@ def unit_entropy_heatmap(
     width = max((row.total for row in rows), default=0)
     columns = max(min(width, _MAX_COLUMNS), 1)
     values, cut = _columns(rows, entropies, kind, columns / max(width, 1), columns)
-    height = min(max(0.34 * len(rows), 1.6), 16.0)
+    height = min(max(0.34 * len(rows), 2.7), 16.0)
     unit = UNIT[kind]
     figure = new_figure(
         12, height + 2.3, f"Entropy of each {unit}, layer by layer, and what was cut"

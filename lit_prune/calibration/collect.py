@@ -1,0 +1,63 @@
+"""Taking the real token ids out of a user's batches, without a forward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lit_prune.calibration.inputs import CAPPED, real_tokens
+from lit_prune.calibration.rows import Row, RowSet
+from lit_prune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedModel
+
+
+def collect_rows(
+    model: PreTrainedModel, dataloader: Iterable[Any], max_tokens: int
+) -> tuple[RowSet, tuple[str, ...]]:
+    """Take the real token ids from a user's batches; no forward pass.
+
+    Args:
+        model: The language model that the ids are for.
+        dataloader: Mappings with ``input_ids`` and, where there is padding, ``attention_mask``.
+        max_tokens: Take no new sample once there are this many real tokens.
+
+    Returns:
+        The distinct rows, and what the report should say about them.
+
+    Raises:
+        CalibrationError: If a batch is not a mapping with ``input_ids``, or its ids cannot be the
+            model's.
+    """
+    found: dict[str, Row] = {}
+    notes: dict[str, None] = {}
+    tokens = 0
+    for number, batch in enumerate(dataloader):
+        if not hasattr(batch, "keys"):
+            raise CalibrationError(
+                f"batch {number} is a {type(batch).__name__}{_inside(batch)}; expected a mapping "
+                "with input_ids and, where there is padding, attention_mask. Wrap the loader: "
+                "({'input_ids': x, 'attention_mask': m} for x, m in loader)."
+            )
+        inputs = {key: batch[key] for key in batch.keys()}  # noqa: SIM118 - a BatchEncoding, say
+        real = real_tokens(inputs, model.config, f"batch {number}")
+        if real.note:
+            notes[real.note] = None
+        for _, row in real.rows():
+            if row.digest not in found:
+                if tokens >= max_tokens:
+                    notes[CAPPED] = None
+                    return RowSet.of(found.values()), tuple(notes)
+                tokens += len(row.ids)
+            found[row.digest] = row.merged(found.get(row.digest))
+    return RowSet.of(found.values()), tuple(notes)
+
+
+def _inside(batch: object) -> str:
+    if not isinstance(batch, (list, tuple)):
+        return ""
+    return f" of {[list(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in batch]}"

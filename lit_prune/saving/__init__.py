@@ -1,0 +1,6 @@
+"""Hugging Face directories of pruned models: written whole, checked, read back bit for bit."""
+
+from lit_prune.saving.load import load_pruned
+from lit_prune.saving.save import save_pruned
+
+__all__ = ["load_pruned", "save_pruned"]

@@ -1,0 +1,36 @@
+"""Whether two models have the same shape, in words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lit_prune.decoder import DecoderParts
+from lit_prune.saving.layout import layout_of
+from lit_prune.saving.weights import computed_buffers, tensors_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What a forward reads from an attention module besides its weights.
+_TRAITS = ("head_dim", "num_key_value_groups", "scaling", "sliding_window", "is_causal")
+
+
+def difference(rebuilt: PreTrainedModel, model: PreTrainedModel) -> str | None:
+    """Say in words where two models differ in shape, or return None."""
+    (mine, my_ties), (its, its_ties) = tensors_of(rebuilt), tensors_of(model)
+    for name in sorted(mine.keys() | its.keys()):
+        shapes = [tuple(x[name].shape) if name in x else None for x in (mine, its)]
+        if shapes[0] != shapes[1]:
+            return f"{name} ({shapes[0]} for {shapes[1]})"
+    if my_ties != its_ties:
+        return f"tied weights ({my_ties} for {its_ties})"
+    if layout_of(rebuilt) != layout_of(model):
+        return "the layout of its layers"
+    a, b = DecoderParts(rebuilt), DecoderParts(model)
+    for index in range(len(a.layers)):
+        for trait in _TRAITS if a.exists(index, "attention") else ():
+            values = [getattr(x.sub_block(index, "attention"), trait, None) for x in (a, b)]
+            if values[0] != values[1]:
+                return f"{trait} of layer {index} ({values[0]} for {values[1]})"
+    buffers = [{k: v.shape for k, v in computed_buffers(x).items()} for x in (rebuilt, model)]
+    return None if buffers[0] == buffers[1] else "its computed buffers"

@@ -1,0 +1,137 @@
+"""Before a saved model takes its place: is it the same one to a process that knows nothing else?
+
+Policy: every weight, shape, dtype and tie must be equal bit for bit. Logits of a few
+random tokens must be equal bit for bit where the model is on the CPU (both sides compute with one
+thread), and close otherwise: another device sums in another order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import torch
+
+from lit_prune.decoder import quiet
+from lit_prune.errors import ArtifactError
+from lit_prune.saving.weights import digest_of, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ROOT = Path(__file__).resolve().parents[2]
+_TIMEOUT_SECONDS = 3600
+# Of a launcher around this process: the fresh one is alone, and off the network.
+_NOT_INHERITED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ACCELERATE_USE_FSDP",
+)
+
+
+def verify_saved(model: PreTrainedModel, directory: Path, *, stock: bool) -> str:
+    """Load ``directory`` in a fresh process and compare it with ``model``.
+
+    Args:
+        model: What was saved.
+        directory: A complete directory of `save_pruned`.
+        stock: Plain transformers must read it too, and compute the same.
+
+    Returns:
+        What was compared, in words.
+
+    Raises:
+        ArtifactError: If anything differs, or the process cannot be started.
+    """
+    ids = random_ids(model.config.vocab_size)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    about = {
+        "digest": digest_of(model),
+        "on_cpu": on_cpu,
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "package": str(ROOT),
+        "stock": stock,
+    }
+    with TemporaryDirectory(prefix="lit_prune-") as folder:
+        reference = Path(folder) / "reference.safetensors"
+        write_tensors(
+            reference, {"logits": logits_of(model, ids)}, {"lit_prune": json.dumps(about)}
+        )
+        return _run(directory, reference)
+
+
+def random_ids(vocabulary: int) -> Tensor:
+    """Return the token ids that both sides see, ``[2, 24]``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (2, 24), generator=generator, device="cpu")
+
+
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Return logits ``[batch, tokens, vocabulary]`` on the CPU; the model keeps no trace of it."""
+    device = next(model.parameters()).device
+    with one_thread(), quiet(model):
+        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+    return logits.cpu()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: sums of a thread pool depend on its size."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(directory: Path, reference: Path) -> str:
+    environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+    # -P: nothing in the current directory may shadow a package
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "lit_prune.saving.check",
+        str(directory.resolve()),
+        str(reference),
+    ]
+    remedy = "verify=False saves without this check."
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ArtifactError(
+            f"the saved model could not be checked in a fresh process: {error}. {remedy}"
+        ) from error
+    if done.returncode:
+        words = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
+        raise ArtifactError(
+            "the saved model is not the one in memory, or cannot be loaded in a fresh process "
+            f"(exit {done.returncode}): {words[0]} Nothing was saved. {remedy}"
+        )
+    return done.stdout.strip().splitlines()[-1]

@@ -1,0 +1,277 @@
+"""F11-F18: whatever fails, wherever: the model as it was, no hook left, the run's samples kept."""
+
+import inspect
+
+import lightning as L
+import pytest
+import torch
+
+import lit_prune.callback
+from lit_prune.calibration import Calibration, RecordedRun
+from lit_prune.errors import BudgetError, CalibrationError, SurgeryError
+from lit_prune.surgery.edits import StagedEdits
+from tests.lightning.modules import (
+    ROWS,
+    TRAIN,
+    LM,
+    decoder_parameters,
+    fit,
+    hooks,
+    interrupted,
+    loader,
+    pruner,
+    state_digest,
+    trainer,
+)
+
+FIT = [
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_fit_end",
+]
+
+
+class Stop(Exception):
+    """Raised by somebody else's code."""
+
+
+def raising(base, hook, error=Stop):
+    def act(self, *args, **kwargs):
+        raise error
+
+    return type("Raising", (base,), {hook: act})
+
+
+def frozen(module):
+    """A learning rate of 0: the model is bit-identical unless we touch it."""
+    module.lr = 0.0
+    return module
+
+
+@pytest.mark.parametrize("hook", FIT)
+@pytest.mark.parametrize("order", [0, 1], ids=["before ours", "after ours"])
+def test_exception_in_another_callback(tmp_path, hook, order):
+    module, callbacks = frozen(LM()), [pruner(when="validate" if order else "fit_end")]
+    before = state_digest(module)
+    callbacks.insert(order, raising(L.Callback, hook)())
+    with pytest.raises(Stop):
+        fit(tmp_path, module, *callbacks)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        *(hook for hook in FIT[:-1] if "sanity" not in hook),
+        "training_step",
+        "validation_step",
+        "configure_optimizers",
+    ],
+)
+def test_exception_in_the_users_module(tmp_path, hook):
+    module = frozen(raising(LM, hook)())
+    before = state_digest(module)
+    with pytest.raises(Stop):
+        fit(tmp_path, module, pruner())
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+
+
+@pytest.mark.parametrize("hook", ["validation_step", "on_validation_epoch_end", "teardown"])
+def test_exception_in_validate(tmp_path, hook):
+    module = raising(LM, hook)()
+    before = state_digest(module)
+    with pytest.raises(Stop):
+        trainer(tmp_path, pruner()).validate(module, loader(), verbose=False)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+
+
+def test_exception_after_pruning_leaves_a_whole_pruned_model(tmp_path):
+    callback, module = pruner(), raising(LM, "on_fit_end")()
+    with pytest.raises(Stop):
+        fit(tmp_path, module, callback)
+    assert module.lm.pruning_record.report is callback.report_
+    batch = next(iter(loader()))
+    assert torch.isfinite(module.lm(**batch).logits).all()
+    assert hooks(module) == 0
+
+
+class Interrupted(LM):
+    """Ctrl-C in the second validation, in its third batch."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        if self.current_epoch == 1 and batch_idx == 2:
+            raise KeyboardInterrupt
+
+
+def test_f18_ctrl_c_in_validation_keeps_the_last_complete_one(tmp_path):
+    callback, module = pruner(), frozen(Interrupted())
+    before = state_digest(module)
+    with interrupted():
+        fit(tmp_path, module, callback, max_epochs=3)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+    assert not hasattr(callback, "plan_")
+    kept = Calibration.load(tmp_path / "pruning" / "calibration.safetensors")
+    assert len(kept.rows.rows) == len(ROWS)
+    assert kept.data_digest == callback.calibration_.data_digest
+
+
+def test_f18_run_after_ctrl_c_gives_the_same_plan(tmp_path):
+    callback, module, other = pruner(), frozen(Interrupted()), pruner()
+    with interrupted():
+        fit(tmp_path, module, callback, max_epochs=3)
+    module.train()  # Ctrl-C came in eval mode
+    fit(tmp_path, module, callback)
+    fit(tmp_path, frozen(LM()), other)
+    assert callback.plan_.digest == other.plan_.digest
+
+
+def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
+    """Let the ``number``-th call of a function raise; return the list that its calls go to."""
+    calls, real = [], getattr(owner, name)
+
+    def act(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            raise error
+        return real(*args, **kwargs)
+
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    monkeypatch.setattr(owner, name, staticmethod(act) if static else act)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [
+        (lit_prune.callback, "calibrate", 1),
+        (RecordedRun, "__init__", 1),
+        (RecordedRun, "without", 5),
+        (lit_prune.callback, "make_plan", 1),
+        (lit_prune.callback, "measure", 1),
+        (lit_prune.callback, "apply_plan", 1),
+        (StagedEdits, "_assign", 1),
+        (StagedEdits, "_assign", 9),
+    ],
+)
+def test_f18_ctrl_c_before_the_model_is_changed_whole(tmp_path, monkeypatch, owner, name, number):
+    callback, module = pruner(), frozen(LM())
+    before, use_cache = state_digest(module), module.lm.config.use_cache
+    calls = stop_at_call(monkeypatch, owner, name, number)
+    with interrupted():
+        fit(tmp_path, module, callback)
+    assert len(calls) == number
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+    assert not hasattr(callback, "report_")
+    assert module.lm.config.use_cache == use_cache
+    assert all(m.training for m in module.modules())
+    assert (tmp_path / "pruning" / "calibration.safetensors").exists()
+
+
+def test_f18_ctrl_c_after_the_change_leaves_it_whole_and_recorded(tmp_path, monkeypatch):
+    callback, module = pruner(), frozen(LM())
+    stop_at_call(monkeypatch, lit_prune.callback, "measure", 2)
+    dense = decoder_parameters(module.lm)
+    with interrupted():
+        fit(tmp_path, module, callback)
+    assert abs(1 - decoder_parameters(module.lm) / dense - 0.3) <= 0.005
+    assert module.lm.pruning_record.plan is callback.plan_
+    assert not hasattr(callback, "report_")
+    assert hooks(module) == 0
+    assert callback.state_dict()["plan"] == callback.plan_.to_json()
+    assert callback.save_pruned(tmp_path / "pruned", verify=False).is_dir()
+
+
+@pytest.mark.parametrize("error", [SurgeryError("no"), RuntimeError("out of memory")])
+def test_f26_failing_surgery_leaves_the_model(tmp_path, monkeypatch, error):
+    callback, module = pruner(), frozen(LM())
+    before = state_digest(module)
+    stop_at_call(monkeypatch, StagedEdits, "commit", 1, error)
+    with pytest.raises(type(error)):
+        fit(tmp_path, module, callback)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+    assert not hasattr(callback, "plan_")
+
+
+class Poisoned(LM):
+    """A NaN appears in the second batch of the second validation."""
+
+    def validation_step(self, batch, batch_idx):
+        embedding = self.lm.get_input_embeddings()
+        handle = None
+        if self.current_epoch == 1 and batch_idx == 1:
+            place = torch.tensor([2])
+            handle = embedding.register_forward_hook(
+                lambda _module, _args, out: out.index_fill(1, place, float("nan"))
+            )
+        try:
+            super().validation_step(batch, batch_idx)
+        finally:
+            if handle:
+                handle.remove()
+
+
+def test_f16_nan_in_a_validation_batch(tmp_path):
+    callback, module = pruner(), frozen(Poisoned())
+    before = state_digest(module)
+    match = r"activations at model.layers.0.self_attn.o_proj are not finite: .* in forward 1, first"
+    with pytest.raises(CalibrationError, match=match):
+        fit(tmp_path, module, callback, max_epochs=3)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+    kept = Calibration.load(tmp_path / "pruning" / "calibration.safetensors")
+    assert len(kept.rows.rows) == len(ROWS)
+
+
+def test_f16_weights_that_training_broke_are_not_pruned(tmp_path):
+    class Diverging(LM):
+        def on_train_end(self):
+            with torch.no_grad():
+                self.lm.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+
+    module = Diverging()
+    size = decoder_parameters(module.lm)
+    with pytest.raises(Exception, match=r"layers.1.mlp.down_proj") as caught:
+        fit(tmp_path, module, pruner())
+    assert isinstance(caught.value, lit_prune.LitPruneError)
+    assert decoder_parameters(module.lm) == size
+    assert hooks(module) == 0
+
+
+def test_f11_budget_that_only_scores_can_refuse(tmp_path, monkeypatch):
+    callback, module = pruner(), frozen(LM())
+    before = state_digest(module)
+    stop_at_call(monkeypatch, lit_prune.callback, "make_plan", 1, BudgetError("not met"))
+    with pytest.raises(BudgetError):
+        fit(tmp_path, module, callback)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+
+
+def test_trainer_is_usable_after_a_failure(tmp_path, monkeypatch):
+    callback, module = pruner(), LM()
+    stop_at_call(monkeypatch, lit_prune.callback, "make_plan", 1, BudgetError("not met"))
+    with pytest.raises(BudgetError):
+        fit(tmp_path, module, callback)
+    fit(tmp_path, module, callback, train=loader(TRAIN, 4))
+    assert module.lm.pruning_record.report is callback.report_
