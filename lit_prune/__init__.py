@@ -1,6 +1,7 @@
 """Structured pruning of fine-tuned Hugging Face causal language models, as one Lightning callback."""
 
-from lit_prune.callback import EntropyPruningCallback
+from typing import TYPE_CHECKING, Any
+
 from lit_prune.calibration import Calibration
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
@@ -10,6 +11,9 @@ from lit_prune.pruner import PruningResult, prune
 from lit_prune.report import PruningReport
 from lit_prune.saving import load_pruned, save_pruned
 from lit_prune.surgery import apply_plan
+
+if TYPE_CHECKING:
+    from lit_prune.callback import EntropyPruningCallback
 
 __all__ = [
     "Calibration",
@@ -25,3 +29,12 @@ __all__ = [
     "save_pruned",
     "spec_for",
 ]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    # Lightning takes seconds to import, and loading a saved model does not need it
+    if name == "EntropyPruningCallback":
+        from lit_prune.callback import EntropyPruningCallback
+
+        return EntropyPruningCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

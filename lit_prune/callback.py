@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
-    from lit_prune.pruner import Planned
     from lit_prune.report import PruningReport
 
 _STALE = "lit_prune_stale_moments"
@@ -266,20 +265,16 @@ class EntropyPruningCallback(Callback):
         rank_zero_info(f"lit_prune: {self.report_.headline()}")
         write_artifacts(trainer, self.calibration_, self.plan_, self.report_, planned.compensation)
         if trainer.is_global_zero:
-            self._show(trainer, planned)
-
-    def _show(self, trainer: Trainer, planned: Planned) -> None:
-        log_report(
-            trainer.loggers,
-            spec=planned.budget.spec,
-            plan=self.plan_,
-            report=self.report_,
-            entropies=planned.scores.units,
-            transfer={(u.layer, u.kind): value for u, value in planned.scores.transfer.items()},
-            step=trainer.global_step,
-        )
-
-    # --------------------------------------------------------------------------- for the user
+            scores = planned.scores
+            log_report(
+                trainer.loggers,
+                spec=planned.budget.spec,
+                plan=self.plan_,
+                report=self.report_,
+                entropies=scores.units,
+                transfer={(unit.layer, unit.kind): te for unit, te in scores.transfer.items()},
+                step=trainer.global_step,
+            )
 
     def save_pruned(self, directory: str | Path, **options: Any) -> Path:
         """Save the pruned model with its plan and report; see `lit_prune.save_pruned`.
@@ -289,8 +284,8 @@ class EntropyPruningCallback(Callback):
         """
         if self._model is None:
             raise ConfigError(
-                f"nothing has been pruned: trainer.{self._stage}(...) has not ended, or it was a "
-                "dry_run or fast_dev_run, which leave the model dense."
+                f"nothing has been pruned: trainer.{self._stage}(...) prunes when it ends, unless "
+                "it is a dry_run or fast_dev_run."
             )
         return save_pruned(self._model, directory, **options)
 
@@ -302,7 +297,7 @@ class EntropyPruningCallback(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        text = state_dict["plan"]
+        text = state_dict.get("plan")
         self._restored = PruningPlan.from_json(text) if text else None
 
     @override
@@ -324,8 +319,6 @@ class EntropyPruningCallback(Callback):
                 "weights, without ckpt_path."
             )
 
-    # ----------------------------------------------------------------------------- helpers
-
     @property
     def _stage(self) -> str:
         """The stage that ends with the pruning."""
@@ -338,7 +331,7 @@ class EntropyPruningCallback(Callback):
             record = getattr(module, "pruning_record", None)
             if module is self._model or (record and record.plan.digest == restored):
                 return False
-        return stage in ("validate", self._stage)
+        return stage in ("validate", self._stage)  # a bare validate is observed in any case
 
     def _check_request(self, pl_module: LightningModule) -> PreTrainedModel:
         model = find_causal_lm(pl_module, self.config.language_model)

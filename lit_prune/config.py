@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -147,12 +148,22 @@ class PruningConfig:
             raise ConfigError(
                 f"protected_layers must be layer indices, got {list(self.protected_layers)}."
             )
-        for name in ("entropy_floor", "ratio_temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}.")
-        for name in ("ratio_strength", "search_tolerance"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)!r}.")
+        for name in ("entropy_floor", "ratio_temperature", "ratio_strength", "search_tolerance"):
+            self._check_number(name)
+        if not isinstance(self.cap_clusters, bool):
+            raise ConfigError(f"cap_clusters must be true or false, got {self.cap_clusters!r}.")
+        for name in ("preset", "language_model"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "preset" or value is not None):
+                raise ConfigError(f"{name} must be text, got {value!r}.")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        above = name in ("entropy_floor", "ratio_temperature")
+        if not number or not math.isfinite(value) or value < 0 or (above and not value):
+            least = "above 0" if above else "at least 0"
+            raise ConfigError(f"{name} must be a number {least}, got {value!r}.")
 
     def _check_integer(self, name: str) -> None:
         value = getattr(self, name)
@@ -161,6 +172,8 @@ class PruningConfig:
             return
         if not _is_integer(value) or value < least:
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        if name == "seed" and value >= 2**32:  # scikit-learn takes 32 bits
+            raise ConfigError(f"seed must be below 2**32, got {value}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able primitives."""

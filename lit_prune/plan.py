@@ -93,9 +93,10 @@ class PruningPlan:
             raise PlanMismatchError(
                 f"plan must be an object with the keys {sorted(known)}, got {got}."
             )
-        if not _is_int(raw["schema_version"]) or raw["schema_version"] > SCHEMA_VERSION:
+        version = raw["schema_version"]
+        if not _is_int(version) or not 1 <= version <= SCHEMA_VERSION:
             raise PlanMismatchError(
-                f"plan has schema_version {raw['schema_version']!r}; this lit_prune reads up to "
+                f"plan has schema_version {version!r}; this lit_prune reads up to "
                 f"{SCHEMA_VERSION}. Update lit_prune, or make the plan again."
             )
         if not isinstance(raw["model_fingerprint"], str) or not isinstance(raw["layers"], list):

@@ -198,6 +198,15 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
             "Calibrate this model."
         )
     needed = set(needed_bypasses(model, config))
+    joint = calibration.full is not None and calibration.full.ndim == 2
+    if needed and (
+        calibration.target != config.transfer_target or (config.estimator == "logdet" and not joint)
+    ):
+        raise CalibrationError(
+            f"calibration was measured for transfer_target {calibration.target!r} with "
+            f"{'covariances' if joint else 'variances'}; estimator {config.estimator!r} at "
+            f"{config.transfer_target!r} needs its own. Calibrate again with these options."
+        )
     if missing := sorted(needed - set(calibration.bypassed or {})):
         raise CalibrationError(
             f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of "

@@ -126,10 +126,9 @@ def refuse_stale_optimizers(trainer: Trainer, pl_module: LightningModule) -> Non
 
 def load_validation(trainer: Trainer) -> None:
     """Load the validation loaders of a fit before its first step, however far off they are."""
-    if trainer.val_dataloaders is None:
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        trainer.training = True
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # once: later calls find them loaded
+    trainer.training = True
 
 
 def validate_within_fit(trainer: Trainer) -> None:
@@ -184,11 +183,8 @@ def forget_averages(trainer: Trainer) -> None:
 def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Work where the model was trained: Lightning has moved it to the CPU when a fit ends."""
     home = next(model.parameters()).device
-    if home == device:
-        yield
-        return
-    model.to(device)  # type: ignore[arg-type]
     try:
+        model.to(device)  # type: ignore[arg-type]
         yield
     finally:
         model.to(home)  # type: ignore[arg-type]

@@ -162,19 +162,25 @@ def bypass(name: str, model: PreTrainedModel, rows: Tensor, batch: int, n: int) 
 
 
 def surgery(name: str, model: PreTrainedModel, rows: Tensor, n: int) -> list[Result]:
-    """Time applying a plan, and loading the dense model from disk."""
+    """Time applying a plan, and loading the dense model from disk (from the page cache)."""
     config = PruningConfig(pruning_ratio=0.3, allocator="uniform")
     text = RowSet(tuple(Row.of(row) for row in rows), split=False)
     planned = make_plan(model, calibrate(model, text, config, progress=False), config)
     dtype = next(model.parameters()).dtype
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
+
+        def load_model() -> None:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            for parameter in loaded.parameters():
+                parameter.sum()  # the file is mapped: reading it happens on first use
+
         copies = [copy.deepcopy(model) for _ in range(2 * (n + 1))]
         checked, unchecked, load = alternate(
             n,
             lambda: apply_plan(copies.pop(), planned.plan, planned.compensation),
             lambda: apply_plan(copies.pop(), planned.plan, planned.compensation, verify=False),
-            lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+            load_model,
         )
     return [
         Result(

@@ -25,7 +25,6 @@ import lightning as L
 import torch
 from corpus import fine_tuning_documents, pack
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -99,7 +98,7 @@ def perplexity(model: PreTrainedModel, loader: DataLoader) -> float:
 
 def before_after(report: PruningReport) -> Table:
     """Return the report as a table for the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for column in ("before", "after", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)

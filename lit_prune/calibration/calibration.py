@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_prune.calibration.bypass import Unit
@@ -21,6 +23,16 @@ if TYPE_CHECKING:
     from lit_prune.calibration.replay import Replayed
 
 _SCHEMA = 1
+# What reading a file that is something else may raise.
+_UNREADABLE = (
+    AttributeError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,7 @@ class Calibration:
         full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a
             replay.
         bypassed: The same with each block, attention and MLP bypassed.
+        target: Where that state was read, ``after_norm`` or ``before_norm``.
         source: Where ``units`` come from: ``validation loop`` or ``replay``.
         notes: What the report says about the text, in words.
     """
@@ -44,6 +57,7 @@ class Calibration:
     units: dict[Probed, tuple[Tensor, Tensor]]
     full: Tensor | None = None
     bypassed: dict[Unit, Tensor] | None = None
+    target: str = "after_norm"
     source: str = "validation loop"
     notes: tuple[str, ...] = ()
 
@@ -61,9 +75,13 @@ class Calibration:
 
     def with_replay(self, replayed: Replayed) -> Self:
         """Return this calibration with what a replay measured."""
-        bypassed = replayed.bypassed or None
         return replace(
-            self, units=replayed.units, full=replayed.full, bypassed=bypassed, source="replay"
+            self,
+            units=replayed.units,
+            full=replayed.full,
+            bypassed=replayed.bypassed or None,
+            target=replayed.target,
+            source="replay",
         )
 
     def describe(self) -> dict[str, Any]:
@@ -96,8 +114,6 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write ``calibration.safetensors``: statistics and token ids, no pickle."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {
             "rows.ids": torch.cat([row.ids for row in self.rows.rows]),
             "rows.scored": torch.cat([row.scored for row in self.rows.rows]),
@@ -114,6 +130,7 @@ class Calibration:
             "schema_version": _SCHEMA,
             "model_fingerprint": self.model_fingerprint,
             "source": self.source,
+            "target": self.target,
             "notes": list(self.notes),
         }
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -128,41 +145,41 @@ class Calibration:
         Raises:
             ArtifactError: If the file is not a calibration of a version that is known here.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["lit_prune"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
+            version = header["schema_version"]
+            if version == _SCHEMA:
+                return cls._from(header, tensors)
+        except _UNREADABLE as error:
             raise ArtifactError(f"{path} is not a calibration of lit_prune: {error!r}.") from error
-        if header.get("schema_version") != _SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema_version {header.get('schema_version')}, expected {_SCHEMA}. "
-                "Calibrate again."
-            )
+        raise ArtifactError(
+            f"{path} has schema_version {version}, expected {_SCHEMA}. Calibrate again."
+        )
+
+    @classmethod
+    def _from(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
         lengths = tensors["rows.lengths"].tolist()
-        rows = [
-            Row.of(ids, scored)
-            for ids, scored in zip(
-                tensors["rows.ids"].split(lengths),
-                tensors["rows.scored"].split(lengths),
-                strict=True,
-            )
-        ]
-        units, bypassed = {}, {}
+        ids, scored = tensors["rows.ids"].split(lengths), tensors["rows.scored"].split(lengths)
+        units: dict[Probed, tuple[Tensor, Tensor]] = {}
+        bypassed: dict[Unit, Tensor] = {}
         for name, tensor in tensors.items():
             match name.split("."):
-                case ["units", layer, kind, "mean"]:
+                case ["units", layer, ("attention" | "mlp") as kind, "mean"]:
                     units[int(layer), kind] = (tensor, tensors[f"units.{layer}.{kind}.variance"])
-                case ["state", layer, kind]:
+                case ["state", layer, ("block" | "attention" | "mlp") as kind]:
                     bypassed[Unit(int(layer), kind)] = tensor
+        texts = (header["model_fingerprint"], header["source"], header["target"], *header["notes"])
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text in its header is none")
         return cls(
             model_fingerprint=header["model_fingerprint"],
-            rows=RowSet.of(rows),
+            rows=RowSet.of(Row.of(*row) for row in zip(ids, scored, strict=True)),
             units=dict(sorted(units.items())),
             full=tensors.get("state.full"),
             bypassed=dict(sorted(bypassed.items())) or None,
+            target=header["target"],
             source=header["source"],
             notes=tuple(header["notes"]),
         )

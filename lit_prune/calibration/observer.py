@@ -84,7 +84,7 @@ class Observer:
                 for kind in KINDS:
                     if parts.exists(layer, kind):
                         linear, name = parts.output(layer, kind), parts.output_name(layer, kind)
-                        self.moments[layer, kind] = ChannelMoments(linear.in_features, name)
+                        self.moments[layer, kind] = ChannelMoments(linear.weight.shape[1], name)
                         probe = partial(self._probe, (layer, kind))
                         self._handles.append(linear.register_forward_pre_hook(probe))
             self._handles.append(self.model.register_forward_hook(self._after))

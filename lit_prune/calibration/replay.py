@@ -37,11 +37,13 @@ class Replayed:
         full: Variance ``[hidden_size]`` (or covariance) of the final hidden state of the whole
             model; None where no bypass was asked for.
         bypassed: The same with each unit bypassed.
+        target: Where the final hidden state was read.
     """
 
     units: dict[Probed, tuple[Tensor, Tensor]]
     full: Tensor | None
     bypassed: dict[Unit, Tensor]
+    target: TransferTarget = "after_norm"
 
 
 def replay(
@@ -103,7 +105,11 @@ def replay(
                     hidden = run.output if unit is None else run.without(unit)
                     final = _final(parts, hidden, mask, target)
                     metric = states[unit]
-                    found[unit] = metric.measure(final)
+                    found[unit] = part = metric.measure(final)
+                    if not bool(torch.isfinite(part[2]).all()):
+                        name = "the final hidden state" + (f" without {unit}" if unit else "")
+                        place = f"replayed batch {number}"
+                        raise CalibrationError(describe_non_finite(hidden, name, place, model))
                     bar.update(unit is not None)
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
@@ -119,6 +125,7 @@ def replay(
         {probed: moments[probed].result() for probed in sorted(moments)},
         _state(states[None]) if bypass else None,
         {unit: _state(states[unit]) for unit in bypass},
+        target,
     )
 
 

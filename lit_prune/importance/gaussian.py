@@ -76,6 +76,9 @@ def state_entropy(
         _refuse_invalid(moments)
         return moments.double().sqrt().sum(-1)
     _refuse_invalid(moments.diagonal(dim1=-2, dim2=-1))
+    if not bool(torch.isfinite(moments).all()):
+        where = tuple(int(i) for i in (~torch.isfinite(moments)).nonzero()[0])
+        raise ScoreError(f"covariance at {where} is {moments[where].item()}; expected finite.")
     channels = moments.shape[-1]
     damped = moments.double() + floor**2 * torch.eye(
         channels, dtype=torch.float64, device=moments.device

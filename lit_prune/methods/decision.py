@@ -69,11 +69,17 @@ def entropy_scores(spec: DecoderSpec, calibration: Calibration, config: PruningC
         )
     transfer: dict[Unit, float] = {}
     if calibration.full is not None and calibration.bypassed:
-        full = state_entropy(calibration.full, estimator=config.estimator, floor=floor)
+        full = _state_entropy(calibration.full, config)
         for unit, moments in calibration.bypassed.items():
-            bypassed = state_entropy(moments, estimator=config.estimator, floor=floor)
-            transfer[unit] = float(transfer_entropy(full, bypassed))
+            transfer[unit] = float(transfer_entropy(full, _state_entropy(moments, config)))
     return Scores(units, transfer)
+
+
+def _state_entropy(moments: Tensor, config: PruningConfig) -> Tensor:
+    # covariances that were kept for ``logdet`` serve the other estimators too
+    if moments.ndim == 2 and config.estimator != "logdet":
+        moments = moments.diagonal()
+    return state_entropy(moments, estimator=config.estimator, floor=config.entropy_floor)
 
 
 def plan_of(budget: Budget, counts: dict[SubBlock, int], ranking: Ranking) -> PruningPlan:

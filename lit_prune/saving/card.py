@@ -106,7 +106,7 @@ def _calibration(report: PruningReport) -> str:
 def _how_to_load(name: str, *, stock: bool, tokenizer: bool) -> str:
     lines = [
         "```python",
-        "from lit_prune.saving import load_pruned",
+        "from lit_prune import load_pruned",
         "",
         f"model = load_pruned({name!r})",
     ]

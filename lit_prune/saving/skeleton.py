@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PREFIX = "lit_prune_"
 KEY = "lit_prune"
-_SENTENCE = "see lit_prune.hidden_size: the layers differ; load with lit_prune.saving.load_pruned"
+_SENTENCE = "see lit_prune.hidden_size: the layers differ; load with lit_prune.load_pruned"
 # Fields of which a stock config knows one value for all layers; the layout knows better.
 _WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Keys that make transformers fetch or run code, or build something else.

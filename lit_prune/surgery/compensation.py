@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lit_prune.decoder import DecoderParts, SubBlock, spec_for
+from lit_prune.decoder import KINDS, DecoderParts, SubBlock, SubBlockKind, spec_for
 from lit_prune.errors import ArtifactError, PlanMismatchError
 
 if TYPE_CHECKING:
@@ -67,12 +67,13 @@ class Compensation:
                 constants: dict[SubBlock, Tensor] = {}
                 for name in file.keys():  # noqa: SIM118 - not a dict
                     layer, kind = name.split(".")
-                    constants[int(layer), "attention" if kind == "attention" else "mlp"] = (
-                        file.get_tensor(name)
-                    )
-                return cls(constants, header["plan_digest"], header["weights_digest"])
-        except (SafetensorError, KeyError, ValueError, FileNotFoundError) as error:
+                    constants[int(layer), _kind(kind)] = file.get_tensor(name)
+            digests = header["plan_digest"], header["weights_digest"]
+            if not all(isinstance(digest, str) for digest in digests):
+                raise TypeError(f"digests are {digests}")
+        except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is not a compensation of lit_prune: {error!r}.") from error
+        return cls(constants, *digests)
 
     def check(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         """Refuse to be used with another plan or on other weights.
@@ -134,6 +135,10 @@ def mean_compensation(
             constant = constant + linear.bias.detach().double().cpu()
         constants[place] = constant
     return Compensation(constants, plan.digest, weights_digest(model))
+
+
+def _kind(name: str) -> SubBlockKind:
+    return KINDS[KINDS.index(name)]  # type: ignore[arg-type] # ValueError where it is none
 
 
 def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:

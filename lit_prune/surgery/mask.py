@@ -51,7 +51,7 @@ def masked(
                 handles.append(linear.register_forward_hook(partial(_replace, constant)))
             elif len(kept) < part.num_units:
                 mask = torch.zeros(
-                    linear.in_features, device=linear.weight.device, dtype=linear.weight.dtype
+                    linear.weight.shape[1], device=linear.weight.device, dtype=linear.weight.dtype
                 )
                 mask[unit_columns(kept, part.unit_width)] = 1
                 handles.append(linear.register_forward_pre_hook(partial(_mask, mask)))

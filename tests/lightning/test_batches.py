@@ -7,9 +7,9 @@ import torch
 
 from lit_prune.errors import CalibrationError, ConfigError
 from tests.lightning.modules import (
+    LM,
     ROWS,
     TRAIN,
-    LM,
     fit,
     hooks,
     labels_of,
@@ -158,7 +158,7 @@ def test_f11_empty_loader_is_refused_before_training(tmp_path):
 
 def test_f11_too_few_tokens_is_known_at_the_first_validation(tmp_path):
     module = LM()
-    with pytest.raises(CalibrationError, match="48 real tokens in 2 samples .* at least 128"):
+    with pytest.raises(CalibrationError, match=r"48 real tokens in 2 samples .* at least 128"):
         fit(tmp_path, module, pruner(), val=loader(ROWS[:2]), max_epochs=50)
     assert len(module.losses) == 1
     assert hooks(module) == 0
@@ -181,7 +181,7 @@ def test_f13_padding_without_a_mask_is_refused(tmp_path):
             self.lm(input_ids=batch["input_ids"])
 
     module, short = Unmasked(), [row[:12] for row in ROWS[:4]]
-    with pytest.raises(CalibrationError, match="are the pad token .* attention_mask"):
+    with pytest.raises(CalibrationError, match=r"are the pad token .* attention_mask"):
         fit(tmp_path, module, pruner(), val=loader(ROWS[:4] + short))
     assert hooks(module) == 0
 

@@ -1,4 +1,4 @@
-"""LightningCLI reads every option, typed; the callback travels in every form that Lightning uses."""
+"""LightningCLI reads every option, typed; the callback is copied, pickled and restored."""
 
 import copy
 import json
@@ -14,6 +14,11 @@ from lit_prune.errors import ConfigError
 from tests.lightning.modules import LM, fit, hooks, loader, pruner, state_digest
 
 QUIET = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])  # pytest's own would make LightningCLI warn
 
 
 def cli(folder, options, *more, **trainer):
@@ -86,7 +91,6 @@ def test_ratio_out_of_range_is_refused_in_our_words(tmp_path):
         ({"when": "fit_start"}, "when must be 'fit_end' or 'validate', got 'fit_start'"),
         ({"preset": "papper"}, "did you mean 'paper'"),
         ({"pruning_ratio": 1.5}, "pruning_ratio must be a number in"),
-        ({"val_dataloader_idx": -1}, "val_dataloader_idx must be"),
     ],
 )
 def test_wrong_arguments_are_refused_at_construction(options, message):

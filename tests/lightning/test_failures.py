@@ -11,9 +11,9 @@ from lit_prune.calibration import Calibration, RecordedRun
 from lit_prune.errors import BudgetError, CalibrationError, SurgeryError
 from lit_prune.surgery.edits import StagedEdits
 from tests.lightning.modules import (
+    LM,
     ROWS,
     TRAIN,
-    LM,
     decoder_parameters,
     fit,
     hooks,
@@ -45,11 +45,11 @@ FIT = [
 ]
 
 
-class Stop(Exception):
-    """Raised by somebody else's code."""
+class OthersError(Exception):
+    """Raised by code that is not ours."""
 
 
-def raising(base, hook, error=Stop):
+def raising(base, hook, error=OthersError):
     def act(self, *args, **kwargs):
         raise error
 
@@ -68,7 +68,7 @@ def test_exception_in_another_callback(tmp_path, hook, order):
     module, callbacks = frozen(LM()), [pruner(when="validate" if order else "fit_end")]
     before = state_digest(module)
     callbacks.insert(order, raising(L.Callback, hook)())
-    with pytest.raises(Stop):
+    with pytest.raises(OthersError):
         fit(tmp_path, module, *callbacks)
     assert state_digest(module) == before
     assert hooks(module) == 0
@@ -86,7 +86,7 @@ def test_exception_in_another_callback(tmp_path, hook, order):
 def test_exception_in_the_users_module(tmp_path, hook):
     module = frozen(raising(LM, hook)())
     before = state_digest(module)
-    with pytest.raises(Stop):
+    with pytest.raises(OthersError):
         fit(tmp_path, module, pruner())
     assert state_digest(module) == before
     assert hooks(module) == 0
@@ -96,7 +96,7 @@ def test_exception_in_the_users_module(tmp_path, hook):
 def test_exception_in_validate(tmp_path, hook):
     module = raising(LM, hook)()
     before = state_digest(module)
-    with pytest.raises(Stop):
+    with pytest.raises(OthersError):
         trainer(tmp_path, pruner()).validate(module, loader(), verbose=False)
     assert state_digest(module) == before
     assert hooks(module) == 0
@@ -104,7 +104,7 @@ def test_exception_in_validate(tmp_path, hook):
 
 def test_exception_after_pruning_leaves_a_whole_pruned_model(tmp_path):
     callback, module = pruner(), raising(LM, "on_fit_end")()
-    with pytest.raises(Stop):
+    with pytest.raises(OthersError):
         fit(tmp_path, module, callback)
     assert module.lm.pruning_record.report is callback.report_
     batch = next(iter(loader()))

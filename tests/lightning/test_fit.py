@@ -6,9 +6,9 @@ import torch
 from lit_prune import load_pruned
 from lit_prune.errors import ConfigError
 from tests.lightning.modules import (
+    LM,
     ROWS,
     TRAIN,
-    LM,
     decoder_parameters,
     fit,
     hooks,

@@ -12,6 +12,7 @@ from lit_prune.calibration import Calibration
 from lit_prune.views.tensorboard import ENTROPIES, IMAGES, RATIOS, TEXTS
 from tests.lightning.modules import LM, fit, hooks, loader, pruner, said, trainer
 
+
 def events(folder):
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
     found.Reload()

@@ -9,9 +9,9 @@ from lit_prune.calibration import Row
 from lit_prune.calibration.split import side_of
 from lit_prune.errors import BudgetError, ConfigError, UnsupportedModelError
 from tests.lightning.modules import (
+    LM,
     ROWS,
     TRAIN,
-    LM,
     decoder_parameters,
     fit,
     hooks,
@@ -204,3 +204,15 @@ def test_manual_optimization(tmp_path):
     callback, module = pruner(), Manual()
     fit(tmp_path, module, callback, train=loader(TRAIN, 4))
     assert abs(callback.report_.achieved_ratio - 0.3) <= 0.005
+
+
+@pytest.mark.gpu
+def test_fit_on_a_gpu_prunes_and_measures_there(tmp_path):
+    """Lightning has moved the module to the CPU when the fit ends; it is left there."""
+    callback, module = pruner(latency_prompt_tokens=16), LM()
+    fit(tmp_path, module, callback, accelerator="gpu", devices=1)
+    assert callback.report_.row("prefill_seconds").after > 0
+    assert "cuda" in callback.report_.to_json()
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    fit(tmp_path, module, callback, accelerator="gpu", devices=1)
+    assert module.losses[-1] < module.losses[0]

@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lit_prune.errors import CalibrationError
 from tests.lightning.modules import (
-    TRAIN,
     LM,
+    TRAIN,
     fit,
     hooks,
     loader,

@@ -4,8 +4,8 @@ import pytest
 
 from lit_prune.errors import CalibrationError
 from tests.lightning.modules import (
-    TRAIN,
     LM,
+    TRAIN,
     decoder_parameters,
     fit,
     hooks,
@@ -44,6 +44,15 @@ def test_by_default_validate_fit_validate_prunes_once_after_the_fit(tmp_path):
     sizes.append(decoder_parameters(module.lm))
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
     assert callback.plan_ is plan
+
+
+def test_validate_before_a_fit_without_sanity_check(tmp_path):
+    """Lightning takes the loaders of `validate` for those of `fit` until its first validation."""
+    callback, module = pruner(), LM()
+    one = trainer(tmp_path, callback, num_sanity_val_steps=0)
+    one.validate(module, loader(), verbose=False)
+    one.fit(module, loader(TRAIN), loader())
+    assert callback.report_.achieved_ratio == pytest.approx(0.3, abs=0.005)
 
 
 def test_second_validate_does_not_prune_again(tmp_path):

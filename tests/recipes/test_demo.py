@@ -1,0 +1,57 @@
+"""`make demo`, small: everything that it promises is there afterwards."""
+
+import re
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_prune import load_pruned
+from tests.recipes.conftest import SHIPPED
+
+
+@pytest.fixture(scope="module")
+def demo(run_recipe, tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    arguments = ("--checkpoint", tiny_checkpoint, "--steps", 4, "--output", folder / "runs" / "demo")
+    return run_recipe("demo.py", *arguments, cwd=folder), folder / "runs" / "demo"
+
+
+def losses(stdout):
+    return [float(loss) for loss in re.findall(r"validation loss ([0-9.]+)", stdout)]
+
+
+def test_prints_losses_table_and_text(demo):
+    stdout, _ = demo
+    assert len(losses(stdout)) == 3
+    for words in ("parameters in decoder layers", "as shipped", "pruned, reloaded", "--logdir"):
+        assert words in stdout
+
+
+def test_saved_model_loads(demo):
+    _, folder = demo
+    report = load_pruned(folder / "pruned").pruning_record.report
+    assert report.achieved_ratio == pytest.approx(0.3, abs=0.005)
+
+
+def test_run_is_in_tensorboard(demo):
+    _, folder = demo
+    events = EventAccumulator(str(folder / "version_0"))
+    events.Reload()
+    assert {"validation/loss", "prune/achieved_ratio"} <= set(events.Tags()["scalars"])
+    assert "prune/transfer_entropy" in events.Tags()["images"]
+
+
+def test_a_second_run_replaces_the_saved_model(demo, run_recipe, tiny_checkpoint, tmp_path):
+    _, folder = demo
+    first = load_pruned(folder / "pruned").pruning_record.plan.digest
+    arguments = ("--checkpoint", tiny_checkpoint, "--steps", 2, "--ratio", 0.5, "--output", folder)
+    run_recipe("demo.py", *arguments, cwd=tmp_path)
+    assert load_pruned(folder / "pruned").pruning_record.plan.digest != first
+
+
+@pytest.mark.slow
+def test_shipped_model_learns_from_fine_tuning(run_recipe, tmp_path):
+    stdout = run_recipe("demo.py", "--steps", 40, "--output", tmp_path / "demo", cwd=tmp_path)
+    assert SHIPPED.exists()
+    before, _, after = losses(stdout)
+    assert after < before - 0.2
