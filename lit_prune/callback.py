@@ -28,12 +28,13 @@ from lit_prune.trainer import (
     on_device,
     refuse_compiled,
     refuse_loaders,
+    refuse_no_validation,
     refuse_stale_optimizers,
     refuse_strategy,
     validate_within_fit,
     write_artifacts,
 )
-from lit_prune.views import log_report, log_unit_entropy
+from lit_prune.views import log_report, log_request, log_unit_entropy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -123,16 +124,14 @@ class EntropyPruningCallback(Callback):
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
-        validates = trainer.limit_val_batches and (stage != "fit" or trainer.enable_validation)
-        if stage == self._stage and not validates:
-            raise CalibrationError(
-                "pruning calibrates on the validation batches, and this run validates nothing: no "
-                "validation loader, no validation_step, or limit_val_batches="
-                f"{trainer.limit_val_batches}. Pass val_dataloaders."
-            )
+        if stage == self._stage:
+            refuse_no_validation(trainer, stage)
         # `configure_model` runs after `setup`: what it makes is checked when the run starts
         if type(pl_module).configure_model is LightningModule.configure_model:
             self._check_request(pl_module)
+        if trainer.is_global_zero:
+            # TensorBoard shows the first hyperparameters of a run: with the module's, not after
+            log_request(trainer.loggers, self.config.to_dict(), dict(pl_module.hparams))
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

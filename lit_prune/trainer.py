@@ -79,6 +79,20 @@ def refuse_compiled(pl_module: LightningModule, model: PreTrainedModel) -> None:
         )
 
 
+def refuse_no_validation(trainer: Trainer, stage: str) -> None:
+    """Refuse a run that validates nothing.
+
+    Raises:
+        CalibrationError: Says what is missing.
+    """
+    if not (trainer.limit_val_batches and (stage != "fit" or trainer.enable_validation)):
+        raise CalibrationError(
+            "pruning calibrates on the validation batches, and this run validates nothing: no "
+            "validation loader, no validation_step, or limit_val_batches="
+            f"{trainer.limit_val_batches}. Pass val_dataloaders."
+        )
+
+
 def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
     """Refuse validation loaders that have nothing to calibrate on.
 

@@ -313,7 +313,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: proves that it runs")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument(CPU_TIME, action="store_true", help="one thread, its CPU time: busy machines")
+    parser.add_argument(CPU_TIME, action="store_true", help="of one thread, for busy machines")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "python-4.8m")
     parser.add_argument("--prune-rows", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -333,7 +333,8 @@ def main() -> None:
         for result in found:
             results.append(result)
             goal = f"goal {result.goal}: {result.verdict}" if result.goal else ""
-            print(f"{result.ratio:6.3f}  {result.name}  {goal}\n        {result.detail}", flush=True)
+            print(f"{result.ratio:6.3f}  {result.name}  {goal}")
+            print(f"        {result.detail}", flush=True)
 
     n, wide = sizes.repetitions, wide_llama(sizes)
     small_rows = random_rows(small, sizes.small_rows, sizes.context)
@@ -345,14 +346,16 @@ def main() -> None:
         show(validation(name, model, rows, batch, n))
         show(bypass(name, model, rows[: 2 * batch], batch, max(1, n // 2)))
         show(*surgery(name, model, rows[:2], n))
-    passed_on = ["--threads", str(options.threads), "--checkpoint", str(options.checkpoint)]
+    threads = str(torch.get_num_threads())
+    passed_on = ["--threads", threads, "--checkpoint", str(options.checkpoint)]
     show(memory(options.checkpoint.name, sizes, [*passed_on, *["--quick"] * options.quick]))
     for ratio in sizes.ratios:
         show(prefill(wide, wide_rows, ratio, n))
     if missed := sum(result.verdict == "MISSED" for result in results):
         print(f"\n{missed} goals missed")
     if options.json:
-        whole = {"surroundings": around, "results": [asdict(r) | {"verdict": r.verdict} for r in results]}
+        found = [asdict(result) | {"verdict": result.verdict} for result in results]
+        whole = {"surroundings": around, "results": found}
         options.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -41,7 +41,7 @@ class Validation(L.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratio", type=float, default=0.3, help="decoder parameters to remove")
-    parser.add_argument("--rows", type=int, default=48, help="windows of 512 tokens to calibrate on")
+    parser.add_argument("--rows", type=int, default=48, help="windows of 512 tokens")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "checkpoints" / "python-4.8m")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)

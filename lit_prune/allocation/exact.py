@@ -101,19 +101,19 @@ class ReachableTotals:
         """
         counts = dict(wished)
         bit = total // self._unit + self._shift(len(self._places))
-        state = next(s for s, reach in self._ends() if reach >> bit & 1)
+        after = {state for state, reach in self._ends() if reach >> bit & 1}
         for level in reversed(range(len(self._places))):
             place: SubBlock = (self._places[level][0], self._places[level][1].kind)
             found = [
                 (abs(choice.kept - wished[place]), choice.kept, before, self._step(choice))
                 for before, reach in self._levels[level].items()
                 for choice in self._choices(level, before)
-                if choice.after == state
+                if choice.after in after
                 and self._step(choice) <= bit
                 and reach >> bit - self._step(choice) & 1
             ]
-            _, counts[place], state, step = min(found)
-            bit -= step
+            _, counts[place], before, step = min(found)
+            after, bit = {before}, bit - step
         return counts
 
     def _distinct(self, index: int, part: SubBlockSpec) -> list[int]:

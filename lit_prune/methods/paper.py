@@ -12,7 +12,7 @@ marked "Method", and its value is recorded in the plan. Numbers obtained with it
 paper's.
 
 References:
-    Yang, Yan, Li, Ma, et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, PMLR
+    Yang et al., "Let LLM Tell What to Prune and How Much to Prune", ICML 2025, PMLR
     267.
 """
 

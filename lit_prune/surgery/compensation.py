@@ -138,7 +138,7 @@ def mean_compensation(
 
 
 def _kind(name: str) -> SubBlockKind:
-    return KINDS[KINDS.index(name)]  # type: ignore[arg-type] # ValueError where it is none
+    return KINDS[KINDS.index(name)]  # ValueError where it is none
 
 
 def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:

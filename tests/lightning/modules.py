@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_prune import EntropyPruningCallback
 from tests.models import padded_batch, tiny_model, tiny_rows
+from tests.state import num_hooks as hooks  # noqa: F401 - for the tests beside this file
 
 ROWS = tiny_rows(40, 24, seed=1)
 TRAIN = tiny_rows(8, 24, seed=2)
@@ -80,13 +81,8 @@ def fit(folder, module, *callbacks, train=None, val=None, **options):
     return one
 
 
-def hooks(module):
-    """How many hooks there are anywhere in a module."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
-
-
 def state_digest(module):
-    """A hash over names, shapes and bits of everything that a module holds."""
+    """A hash over names, shapes and bits of what any module holds, a LightningModule too."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

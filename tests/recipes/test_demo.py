@@ -11,9 +11,9 @@ from tests.recipes.conftest import SHIPPED
 
 @pytest.fixture(scope="module")
 def demo(run_recipe, tiny_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("demo")
-    arguments = ("--checkpoint", tiny_checkpoint, "--steps", 4, "--output", folder / "runs" / "demo")
-    return run_recipe("demo.py", *arguments, cwd=folder), folder / "runs" / "demo"
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    arguments = ("--checkpoint", tiny_checkpoint, "--steps", 4, "--output", folder)
+    return run_recipe("demo.py", *arguments, cwd=folder.parent), folder
 
 
 def losses(stdout):

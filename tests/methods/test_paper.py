@@ -1,0 +1,342 @@
+"""The preset's stages, and that every switch of the method changes a plan or cannot."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lit_prune.allocation import Ranking, make_budget
+from lit_prune.calibration import Row, RowSet, Unit, replay
+from lit_prune.config import PruningConfig
+from lit_prune.decoder import spec_for
+from lit_prune.errors import BudgetError, ConfigError
+from lit_prune.methods import Scores, preset
+from lit_prune.pruner import calibrate, make_plan
+from tests.allocation.specs import random_decoder, random_request
+from tests.models import tiny_model, tiny_rows
+
+decide = preset("paper")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Blocks of unequal weight in the residual stream, so that the method has something to see."""
+    model = tiny_model(layers=6, kv_heads=4, intermediate_size=96)
+    scales = (1.0, 0.6, 0.3, 0.15, 0.4, 0.8)
+    with torch.no_grad():
+        for layer, scale in zip(model.model.layers, scales, strict=True):
+            layer.self_attn.o_proj.weight.mul_(scale)
+            layer.mlp.down_proj.weight.mul_(scale)
+    return model
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return RowSet.of(map(Row.of, tiny_rows(40, uneven=True)))
+
+
+@pytest.fixture(scope="module")
+def calibration(model, rows):
+    """Covariances, so that every estimator can be asked of the same calibration."""
+    config = PruningConfig(pruning_ratio=0.3, estimator="logdet")
+    return calibrate(model, rows, config, progress=False)
+
+
+@pytest.fixture(scope="module")
+def plan(model, calibration):
+    """A plan for a ratio and options; made once."""
+    made = {}
+
+    def plan_of(ratio=0.3, calibration=calibration, **options):
+        key = (ratio, id(calibration), str(options))
+        if key not in made:
+            config = PruningConfig(pruning_ratio=ratio, **options)
+            made[key] = make_plan(model, calibration, config).plan
+        return made[key]
+
+    return plan_of
+
+
+def test_the_trace_tells_every_stage(plan):
+    trace = plan().provenance["method"]
+    assert trace["num_clusters"] == 3
+    assert len(trace["block_ratios"]) == 6
+    assert 0 < trace["removed_by_clusters"] < 0.3
+    assert trace["remaining_ratio"] == pytest.approx(0.3 - trace["removed_by_clusters"])
+    (search,) = trace["searches"]
+    assert search["optimal"]
+    assert search["transfer_entropy"] > 0
+    assert search["chosen"]
+
+
+def test_lower_transfer_entropy_means_a_larger_ratio(model, calibration):
+    planned = make_plan(model, calibration, PruningConfig(pruning_ratio=0.3))
+    ratios = planned.plan.provenance["method"]["block_ratios"]
+    entropies = [planned.scores.transfer[Unit(layer, "block")] for layer in range(6)]
+    assert np.argsort(ratios).tolist() == np.argsort(entropies)[::-1].tolist()
+
+
+def test_a_block_never_loses_more_units_to_clusters_than_its_ratio(model, calibration):
+    config = PruningConfig(pruning_ratio=0.3, channel_multiple=1, search_tolerance=1e9)
+    budget = make_budget(spec_for(model), config)
+    for layer, block in enumerate(make_plan(model, calibration, config).plan.layers):
+        assert len(block.channels) <= 96
+        assert layer < len(budget.spec.blocks)
+    free = make_plan(model, calibration, replace(config, cap_clusters=False))
+    capped = make_plan(model, calibration, config)
+    removed = [p.plan.provenance["method"]["removed_by_clusters"] for p in (capped, free)]
+    assert removed[0] < removed[1]
+
+
+COARSE = {"granularities": ("block", "sub_block", "kv_group")}
+WIDTH = {"granularities": ("kv_group", "channel")}
+# The switch, and what else is asked of both plans.
+SWITCHES = [
+    ({"allocator": "greedy"}, COARSE),
+    ({"allocator": "uniform"}, {}),
+    ({"estimator": "std_sum"}, {}),
+    ({"estimator": "logdet"}, {}),
+    ({"entropy_floor": 0.5}, {}),
+    ({"ratio_map": "inverse"}, {}),
+    ({"ratio_map": "rank"}, {}),
+    ({"ratio_map": "zscore"}, {}),
+    ({"ratio_temperature": 0.3}, {}),
+    ({"ratio_strength": 0.95}, {"ratio_map": "rank"}),
+    ({"ratio_strength": 0.95}, {"ratio_map": "zscore"}),
+    ({"num_clusters": 6}, {}),
+    ({"num_clusters": 2}, {}),
+    ({"cap_clusters": False}, {}),
+    ({"stage_order": "coarse_first"}, {"ratio_temperature": 0.3}),
+    ({"exact_hit": "cluster"}, WIDTH),
+    ({"search_tolerance": 0.2}, {}),
+    ({"min_kv_groups": 3}, COARSE),
+    ({"channel_multiple": 16}, {}),
+    ({"protected_layers": (3,)}, {}),
+    ({"granularities": ("channel",)}, {}),
+    ({"granularities": ("block", "channel")}, {}),
+    (WIDTH, {}),
+    ({"compensation": "none"}, {}),
+]
+
+
+@pytest.mark.parametrize(("switch", "besides"), SWITCHES, ids=[str(s) for s, _ in SWITCHES])
+def test_every_switch_changes_the_plan(plan, switch, besides):
+    """A switch that never changes anything should not exist."""
+    changed = False
+    for ratio in (0.3, 0.5, 0.2, 0.15):
+        if changed:
+            break
+        try:
+            base, other = plan(ratio, **besides), plan(ratio, **besides, **switch)
+        except BudgetError:  # the coarse ones do not reach every ratio
+            continue
+        assert other.provenance["achieved_ratio"] == pytest.approx(ratio, abs=0.005)
+        changed = other.digest != base.digest
+    assert changed
+
+
+def test_what_cannot_change_the_plan_is_equal(plan):
+    """Exact clusters are those of K-means on these entropies."""
+    assert plan(clustering="exact").digest == plan().digest
+    assert plan(seed=5).digest == plan().digest
+    assert plan(node_limit=10**7).digest == plan().digest
+    assert plan(removed_mean="drop").provenance["config"]["removed_mean"] == "drop"
+    for key in ("latency_new_tokens", "replay_batch_tokens"):
+        assert plan(**{key: 7}).digest == plan().digest
+
+
+def test_kv_group_score_sum_or_mean_ranks_alike_but_scales(model, calibration):
+    scores = [
+        make_plan(model, calibration, PruningConfig(pruning_ratio=0.3, kv_group_score=how)).scores
+        for how in ("sum", "mean")
+    ]
+    for layer in range(6):
+        total, mean = (s.units[layer, "attention"] for s in scores)
+        assert torch.allclose(total, mean * 8)
+
+
+def test_exact_clusters_and_kmeans_differ_only_where_kmeans_misses_the_optimum():
+    from lit_prune.allocation import cluster_ladder
+
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(20, 60))
+    for row in values:
+        ladders = [cluster_ladder(row, 4, method=m) for m in ("kmeans", "exact")]
+
+        def cost(ladder, row=row):
+            return sum(((row[list(c)] - row[list(c)].mean()) ** 2).sum() for c in ladder)
+
+        assert cost(ladders[1]) <= cost(ladders[0]) + 1e-9
+
+
+def test_transfer_target_changes_the_entropies(model, rows):
+    found = [
+        calibrate(
+            model, rows, PruningConfig(pruning_ratio=0.3, transfer_target=target), progress=False
+        )
+        for target in ("after_norm", "before_norm")
+    ]
+    assert found[0].target != found[1].target
+    assert not torch.allclose(found[0].full, found[1].full, rtol=0.01)
+
+
+def test_changed_transfer_entropy_changes_the_plan(plan, calibration):
+    """The same units under another block's transfer entropy: other blocks go."""
+    order = [3, 4, 5, 0, 1, 2]
+    permuted = {
+        unit: calibration.bypassed[Unit(order[unit.layer], unit.kind)]
+        for unit in calibration.bypassed
+    }
+    other = plan(calibration=replace(calibration, bypassed=permuted))
+    assert other.digest != plan().digest
+    first, second = (p.provenance["method"]["searches"][0]["chosen"] for p in (plan(), other))
+    assert first != second
+
+
+def test_a_block_that_is_scaled_to_nothing_goes_first(rows):
+    model = tiny_model(layers=6, kv_heads=4, intermediate_size=96)
+    dead = 4
+    with torch.no_grad():
+        model.model.layers[dead].self_attn.o_proj.weight.mul_(1e-4)
+        model.model.layers[dead].mlp.down_proj.weight.mul_(1e-4)
+    config = PruningConfig(pruning_ratio=0.3)
+    planned = make_plan(model, calibrate(model, rows, config, progress=False), config)
+    assert min(planned.scores.transfer, key=planned.scores.transfer.get).layer == dead
+    chosen = planned.plan.provenance["method"]["searches"][0]["chosen"]
+    assert chosen
+    assert all(name.startswith(f"layer {dead}") for name in chosen)
+
+
+def test_between_k_3_and_k_6_the_better_on_choose_text(model, calibration, plan):
+    trace = plan(0.4).provenance["method"]
+    nll = trace["mean_nll_on_choose_text_by_num_clusters"]
+    drafts = {k: plan(0.4, num_clusters=int(k)) for k in nll}
+    assert set(nll) == {"3", "6"}
+    assert drafts["3"].digest != drafts["6"].digest
+    best = min(nll, key=nll.get)
+    assert trace["num_clusters"] == int(best)
+    assert plan(0.4).digest == drafts[best].digest
+    for ratio, clusters in ((0.35, 3), (0.45, 6), (0.2, 3), (0.6, 6)):
+        assert plan(ratio).provenance["method"]["num_clusters"] == clusters
+
+
+def test_the_judge_is_asked_about_both_and_believed(model, calibration):
+    config = PruningConfig(pruning_ratio=0.4)
+    budget = make_budget(spec_for(model), config)
+    planned = make_plan(model, calibration, config)
+    ranking = Ranking(
+        {k: v.numpy() for k, v in planned.scores.units.items()},
+        {(i, p.kind): p.unit_width for i, p in budget.spec.sub_blocks},
+    )
+    for answers, clusters in (((1.0, 2.0), 3), ((2.0, 1.0), 6), ((1.0, 1.0), 3)):
+        answer = iter(answers)
+        decision = decide(budget, planned.scores, ranking, lambda _plan, a=answer: next(a))
+        assert decision.trace["num_clusters"] == clusters
+
+
+def test_uniform_needs_no_transfer_entropy_and_cuts_every_layer_alike(model, rows):
+    config = PruningConfig(pruning_ratio=0.3, allocator="uniform")
+    calibration = calibrate(model, rows, config, progress=False)
+    assert calibration.bypassed is None
+    layers = make_plan(model, calibration, config).plan.layers
+    assert len({len(layer.channels) for layer in layers}) == 1
+    assert len({len(layer.kv_groups) for layer in layers}) == 1
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ConfigError, match="preset 'papper' is not known; did you mean 'paper'"):
+        preset("papper")
+
+
+def decide_with_random_scores(spec, config, seed):
+    rng = random.Random(seed)
+    budget = make_budget(spec, config)
+    generator = np.random.default_rng(seed)
+    units = {
+        (i, p.kind): torch.from_numpy(generator.normal(size=p.num_units))
+        for i, p in spec.sub_blocks
+    }
+    transfer = {}
+    for block in spec.blocks:
+        for kind in ("block", *(part.kind for part in block.sub_blocks)):
+            transfer[Unit(block.index, kind)] = rng.random()
+    ranking = Ranking(
+        {k: v.numpy() for k, v in units.items()},
+        {(i, p.kind): p.unit_width for i, p in spec.sub_blocks},
+    )
+    return budget, decide(budget, Scores(units, transfer), ranking, lambda _plan: rng.random())
+
+
+METHOD = {
+    "allocator": ("depth_first", "greedy", "uniform"),
+    "ratio_map": ("softmax", "inverse", "rank", "zscore"),
+    "num_clusters": (None, 2, 6),
+    "cap_clusters": (True, False),
+    "stage_order": ("fine_first", "coarse_first"),
+    "exact_hit": ("units", "cluster"),
+    "ratio_temperature": (0.1, 1.0),
+}
+
+
+GRID = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(100, 3000)]
+
+
+@pytest.mark.parametrize("seed", [*range(100), *GRID])
+def test_f02_f05_the_ratio_is_met_or_refused_before_any_score(seed):
+    """`make_budget` sees no score: what it lets through, every method must meet."""
+    rng = random.Random(seed)
+    spec = random_decoder(rng, most_layers=6, channels=(1, 7, 24, 48, 100))
+    options = {name: rng.choice(values) for name, values in METHOD.items()}
+    config = random_request(rng, spec, clustering="exact", **options)
+    try:
+        make_budget(spec, config)
+    except BudgetError:
+        return
+    budget, decision = decide_with_random_scores(spec, config, seed)
+    assert budget.met_by(decision.counts)
+    assert all(decision.counts[place] in allowed for place, allowed in budget.allowed.items())
+    assert any(count for (_, kind), count in decision.counts.items() if kind == "attention")
+
+
+def test_f24_the_node_limit_is_recorded():
+    spec = spec_for(tiny_model(layers=12, kv_heads=4))
+    cut = 0
+    for seed in range(10):
+        traces = []
+        for node_limit in (1, 10**6):
+            config = PruningConfig(pruning_ratio=0.5, node_limit=node_limit, **COARSE)
+            _, decision = decide_with_random_scores(spec, config, seed)
+            traces.append(decision.trace["searches"])
+        assert all(search["optimal"] for search in traces[1])
+        for search in traces[0]:
+            assert search["bound"] <= search["transfer_entropy"]
+            cut += not search["optimal"]
+    assert cut
+
+
+def test_f19_one_unit_layers_and_equal_scores():
+    rng = random.Random(1)
+    spec = random_decoder(rng, most_layers=4, channels=(1,))
+    for seed in range(10):
+        try:
+            budget, decision = decide_with_random_scores(
+                spec, PruningConfig(pruning_ratio=0.4), seed
+            )
+        except BudgetError:
+            continue
+        assert budget.met_by(decision.counts)
+
+
+def test_replayed_scores_are_finite_for_dead_channels(rows):
+    model = tiny_model(layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[5:9] = 0
+        model.model.layers[2].self_attn.v_proj.weight[:8] = 0
+    config = PruningConfig(pruning_ratio=0.2, channel_multiple=1, **WIDTH)
+    calibration = calibrate(model, rows, config, progress=False)
+    planned = make_plan(model, calibration, config)
+    assert all(torch.isfinite(scores).all() for scores in planned.scores.units.values())
+    assert set(range(5, 9)).isdisjoint(planned.plan.layers[1].channels)
+    assert replay(model, rows).units[1, "mlp"][1][5] == 0
