@@ -20,7 +20,7 @@ from lit_prune.methods import Scores, entropy_scores, plan_of, preset
 from lit_prune.metrics import perplexity_of
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
-from lit_prune.surgery import Compensation, apply_plan, masked, mean_compensation
+from lit_prune.surgery import Compensation, applied, masked, mean_compensation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -124,9 +124,9 @@ def prune(
     if dry_run:
         report = make_report(planned, calibration, config, before, None)
     else:
-        apply_plan(model, planned.plan, planned.compensation)
-        after = measure(model, calibration.rows, config)
-        report = make_report(planned, calibration, config, before, after)
+        with applied(model, planned.plan, planned.compensation):
+            after = measure(model, calibration.rows, config)
+            report = make_report(planned, calibration, config, before, after)
         model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
     return PruningResult(planned.plan, report, calibration, planned.scores, planned.compensation)
 

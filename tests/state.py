@@ -59,11 +59,20 @@ def recount(model):
     layers = model.model.layers
     decoder = sum(p.numel() for layer in layers for p in layer.parameters())
     flops = kv_bytes = 0
+    query_columns = []
     for name, module in layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             rows, columns = module.weight.shape
             flops += 2 * rows * columns
             if name.endswith(("k_proj", "v_proj")):
                 kv_bytes += rows * module.weight.element_size()
+            if name.endswith("q_proj"):
+                query_columns.append(rows)
     total = sum({id(p): p.numel() for p in model.parameters()}.values())
-    return {"decoder": decoder, "total": total, "linear_flops": flops, "kv_bytes": kv_bytes}
+    return {
+        "decoder": decoder,
+        "total": total,
+        "linear_flops": flops,
+        "kv_bytes": kv_bytes,
+        "query_columns": query_columns,
+    }

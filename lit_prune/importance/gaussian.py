@@ -106,8 +106,8 @@ def unit_entropy(
         unit_width: Columns that one unit owns (1 for an MLP channel, query heads x head_dim for a
             KV group).
         floor: As in `channel_entropy`.
-        reduction: ``sum`` or ``mean`` over the query heads of a KV group; the head's own channels
-            are summed. For groups of equal size both rank alike.
+        reduction: ``sum`` or ``mean`` over the unit's channels. For units of equal width both rank
+            alike.
 
     Returns:
         Entropy in nats, ``[units]``, float64.

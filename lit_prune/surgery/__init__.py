@@ -1,6 +1,6 @@
 """The only place that changes a model."""
 
-from lit_prune.surgery.apply import apply_plan, stage
+from lit_prune.surgery.apply import applied, apply_plan, stage
 from lit_prune.surgery.compensation import Compensation, mean_compensation, weights_digest
 from lit_prune.surgery.edits import StagedEdits
 from lit_prune.surgery.mask import masked
@@ -8,6 +8,7 @@ from lit_prune.surgery.mask import masked
 __all__ = [
     "Compensation",
     "StagedEdits",
+    "applied",
     "apply_plan",
     "masked",
     "mean_compensation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,8 @@ from lit_prune.surgery.edits import StagedEdits
 from lit_prune.surgery.mask import masked
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
     from lit_prune.plan import PruningPlan
@@ -72,6 +75,22 @@ def apply_plan(
         >>> model.config.num_hidden_layers, model.model.layers[0].mlp.down_proj
         (1, Linear(in_features=8, out_features=16, bias=False))
     """
+    with applied(model, plan, compensation, verify=verify):
+        pass
+
+
+@contextmanager
+def applied(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensation: Compensation | None = None,
+    *,
+    verify: bool = True,
+) -> Iterator[None]:
+    """Apply a plan as `apply_plan` does, and take it back if what the ``with`` holds fails.
+
+    The dense weights are freed at its end.
+    """
     spec = spec_for(model)
     plan.validate(spec)
     if compensation is not None:
@@ -82,12 +101,14 @@ def apply_plan(
         wanted = _masked_logits(model, plan, compensation, ids) if verify else None
         edits = stage(model, spec, plan, compensation.constants if compensation else {})
         edits.commit()
-        try:
-            if wanted is not None:
+    try:
+        if wanted is not None:
+            with torch.inference_mode(False), torch.no_grad():
                 _compare(wanted, _logits(model, ids), ids)
-        except BaseException:
-            edits.rollback()
-            raise
+        yield
+    except BaseException:
+        edits.rollback()
+        raise
 
 
 def stage(

@@ -41,6 +41,7 @@ def test_run_is_in_tensorboard(demo):
     assert "prune/transfer_entropy" in events.Tags()["images"]
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_the_saved_model(demo, run_recipe, tiny_checkpoint, tmp_path):
     _, folder = demo
     first = load_pruned(folder / "pruned").pruning_record.plan.digest
