@@ -1,4 +1,4 @@
-"""Structured pruning of fine-tuned Hugging Face causal language models, as one Lightning callback."""
+"""Structured pruning of fine-tuned causal language models, as one Lightning callback."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -20,7 +20,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.pruner import calibrate, make_plan, make_report, refuse_non_finite_weights
 from lit_prune.record import PruningRecord
 from lit_prune.saving import save_pruned
-from lit_prune.surgery import apply_plan
+from lit_prune.surgery import applied
 from lit_prune.trainer import (
     forget_averages,
     is_rehearsal,
@@ -250,17 +250,17 @@ class EntropyPruningCallback(Callback):
                 rank_zero_info(f"lit_prune: fast_dev_run is too short to plan a pruning: {error}")
                 return
             planned = make_plan(model, self.calibration_, self.config)
-            before, after = measure(model, rows, self.config), None
-            if not self.dry_run and not is_rehearsal(trainer):
-                apply_plan(model, planned.plan, planned.compensation)
-                self._model, self.plan_, self._stale_moments = model, planned.plan, fitted
-                model.pruning_record = PruningRecord(planned.plan)  # type: ignore[assignment]
+            dense = measure(model, rows, self.config)
+            facts = (planned, self.calibration_, self.config, dense)
+            if self.dry_run or is_rehearsal(trainer):
+                self.plan_, self.report_ = planned.plan, make_report(*facts, None, warnings)
+            else:
+                with applied(model, planned.plan, planned.compensation):  # or taken back
+                    report = make_report(*facts, measure(model, rows, self.config), warnings)
+                self._model, self._stale_moments = model, fitted
+                self.plan_, self.report_ = planned.plan, report
+                model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
                 forget_averages(trainer)
-                after = measure(model, rows, self.config)
-        self.plan_ = planned.plan
-        self.report_ = make_report(planned, self.calibration_, self.config, before, after, warnings)
-        if after is not None:
-            model.pruning_record = PruningRecord(self.plan_, self.report_)  # type: ignore[assignment]
         rank_zero_info(f"lit_prune: {self.report_.headline()}")
         write_artifacts(trainer, self.calibration_, self.plan_, self.report_, planned.compensation)
         if trainer.is_global_zero:

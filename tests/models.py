@@ -12,7 +12,7 @@ CONFIGS = {
 
 
 def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **overrides):
-    """A random causal language model: 4 query heads of 8, hidden 32, 48 channels, 64 tokens of vocabulary."""
+    """A random causal language model: 4 query heads of 8, hidden 32, 48 channels, 64 token ids."""
     options = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -32,7 +32,7 @@ def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **ove
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
-        # the library's own initialisation (0.02) leaves activations too small for a test to see a mistake
+        # the usual initialisation (0.02) leaves activations too small for a test to see a mistake
         if "norm" not in name:
             parameter.data.normal_(0, 0.3 if parameter.ndim > 1 else 0.1)
     torch.random.set_rng_state(state)
@@ -42,7 +42,9 @@ def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **ove
 def tiny_rows(count=24, length=24, *, vocab=64, seed=0, uneven=False):
     """Random token id rows (no pad id 0), as a list of 1-D tensors."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(length // 2, length + 1, (count,), generator=generator) if uneven else [length] * count
+    lengths = [length] * count
+    if uneven:
+        lengths = torch.randint(length // 2, length + 1, (count,), generator=generator).tolist()
     return [torch.randint(3, vocab, (int(n),), generator=generator) for n in lengths]
 
 

@@ -167,12 +167,14 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
         (RecordedRun, "without", 5),
         (lit_prune.callback, "make_plan", 1),
         (lit_prune.callback, "measure", 1),
-        (lit_prune.callback, "apply_plan", 1),
+        (lit_prune.callback, "applied", 1),
         (StagedEdits, "_assign", 1),
         (StagedEdits, "_assign", 9),
+        (lit_prune.callback, "measure", 2),  # after surgery: it is taken back
+        (lit_prune.callback, "make_report", 1),
     ],
 )
-def test_f18_ctrl_c_before_the_model_is_changed_whole(tmp_path, monkeypatch, owner, name, number):
+def test_f18_ctrl_c_until_the_report_is_made_leaves_the_model_dense(tmp_path, monkeypatch, owner, name, number):
     callback, module = pruner(), frozen(LM())
     before, use_cache = state_digest(module), module.lm.config.use_cache
     calls = stop_at_call(monkeypatch, owner, name, number)
@@ -181,21 +183,22 @@ def test_f18_ctrl_c_before_the_model_is_changed_whole(tmp_path, monkeypatch, own
     assert len(calls) == number
     assert state_digest(module) == before
     assert hooks(module) == 0
+    assert not hasattr(callback, "plan_")
     assert not hasattr(callback, "report_")
+    assert not hasattr(module.lm, "pruning_record")
     assert module.lm.config.use_cache == use_cache
     assert all(m.training for m in module.modules())
     assert (tmp_path / "pruning" / "calibration.safetensors").exists()
 
 
-def test_f18_ctrl_c_after_the_change_leaves_it_whole_and_recorded(tmp_path, monkeypatch):
+def test_f18_ctrl_c_after_the_report_leaves_the_model_pruned_and_recorded(tmp_path, monkeypatch):
     callback, module = pruner(), frozen(LM())
-    stop_at_call(monkeypatch, lit_prune.callback, "measure", 2)
+    stop_at_call(monkeypatch, lit_prune.callback, "log_report", 1)
     dense = decoder_parameters(module.lm)
     with interrupted():
         fit(tmp_path, module, callback)
     assert abs(1 - decoder_parameters(module.lm) / dense - 0.3) <= 0.005
     assert module.lm.pruning_record.plan is callback.plan_
-    assert not hasattr(callback, "report_")
     assert hooks(module) == 0
     assert callback.state_dict()["plan"] == callback.plan_.to_json()
     assert callback.save_pruned(tmp_path / "pruned", verify=False).is_dir()
