@@ -174,7 +174,9 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
         (lit_prune.callback, "make_report", 1),
     ],
 )
-def test_f18_ctrl_c_until_the_report_is_made_leaves_the_model_dense(tmp_path, monkeypatch, owner, name, number):
+def test_f18_ctrl_c_until_the_report_is_made_leaves_the_model_dense(
+    tmp_path, monkeypatch, owner, name, number
+):
     callback, module = pruner(), frozen(LM())
     before, use_cache = state_digest(module), module.lm.config.use_cache
     calls = stop_at_call(monkeypatch, owner, name, number)
