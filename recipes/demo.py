@@ -17,6 +17,7 @@ import copy
 import logging
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -154,7 +155,7 @@ def main() -> None:
     console.rule(f"2. prune {options.ratio:.0%} of the decoder parameters: done when the fit ended")
     console.print(pruner.report_.headline(), before_after(pruner.report_))
     for note in pruner.report_.notes():
-        console.print(f"  • {note}", style="dim", highlight=False)
+        console.print(indented("•", note), style="dim", highlight=False)
     console.print("Perplexity on the test text, which neither training nor pruning has seen:")
     fine_tuned, pruned = (perplexity(x, test_batches) for x in (dense.model, model))
     console.print(f"  {shipped:.2f} as shipped, {fine_tuned:.2f} fine-tuned, {pruned:.2f} pruned")
@@ -170,7 +171,7 @@ def main() -> None:
         text=True,
     ).stdout
     for name, text in (("fine-tuned", before), ("pruned, reloaded", after)):
-        console.print(f"  {name:>16}: {' '.join(text.split())}", highlight=False, markup=False)
+        console.print(indented(f"{name}:", " ".join(text.split())), highlight=False, markup=False)
 
     console.rule("where everything lies")
     for what, where in {
@@ -180,6 +181,11 @@ def main() -> None:
     }.items():
         console.print(f"  {what:>16}: {where}", highlight=False, soft_wrap=True)
     console.print(f"  {time.perf_counter() - started:.0f} seconds in all")
+
+
+def indented(mark: str, text: str) -> str:
+    """Return the text in lines of 80, the first one marked."""
+    return textwrap.fill(f"{mark} {text}", 80, initial_indent="  ", subsequent_indent="    ")
 
 
 def shown(path: Path) -> Path:

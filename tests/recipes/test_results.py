@@ -14,5 +14,5 @@ def test_prune_validate_makes_the_same_plan_both_ways(run_recipe, tiny_checkpoin
 def test_results_prints_a_markdown_table(run_recipe, tiny_checkpoint, tmp_path):
     arguments = ("--checkpoint", tiny_checkpoint, "--rows", 12, "--score-every", 100)
     lines = run_recipe("results.py", *arguments, "--ratios", 0.3, cwd=tmp_path).splitlines()
-    assert [line.count("|") for line in lines[:4]] == [6, 6, 6, 6]
+    assert [line.count("|") for line in lines[:4]] == [7, 7, 7, 7]
     assert "commit" in lines[-1]
