@@ -11,6 +11,7 @@ from lit_prune.pruner import PruningResult, prune
 from lit_prune.report import PruningReport
 from lit_prune.saving import load_pruned, save_pruned
 from lit_prune.surgery import apply_plan
+from lit_prune.sweep import sweep
 
 if TYPE_CHECKING:
     from lit_prune.callback import EntropyPruningCallback
@@ -28,6 +29,7 @@ __all__ = [
     "prune",
     "save_pruned",
     "spec_for",
+    "sweep",
 ]
 
 

@@ -17,7 +17,8 @@ from lit_prune.errors import CalibrationError, ConfigError, PlanMismatchError
 from lit_prune.measurement import measure
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
-from lit_prune.pruner import calibrate, make_plan, make_report, refuse_non_finite_weights
+from lit_prune.planning import calibrate, make_plan
+from lit_prune.pruner import make_report, refuse_non_finite_weights
 from lit_prune.record import PruningRecord
 from lit_prune.saving import save_pruned
 from lit_prune.surgery import applied
@@ -101,8 +102,8 @@ class EntropyPruningCallback(Callback):
     ) -> None:
         super().__init__()
         refuse_unknown(options)
-        self.config = PruningConfig(pruning_ratio=pruning_ratio, **options)
-        preset(self.config.preset)
+        config = PruningConfig(pruning_ratio=pruning_ratio, **options)
+        self.config = preset(config.preset).resolve(config)
         if when not in ("fit_end", "validate"):
             raise ConfigError(f"when must be 'fit_end' or 'validate', got {when!r}.")
         self.when = when

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from lit_prune.errors import ConfigError, did_you_mean
 
@@ -26,10 +27,13 @@ class PruningConfig:
     Attributes:
         pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1). Embeddings and
             head do not count.
-        preset: Method: ``paper`` is our reconstruction of Yang et al., ICML 2025.
-        allocator: ``depth_first`` (the paper's search), ``greedy`` in its place, or ``uniform``:
-            the same number of units from every layer, no block removed, transfer entropy not
-            needed.
+        preset: Method: ``paper`` is our reconstruction of Yang et al., ICML 2025; the others are the
+            keys of `lit_prune.methods.PRESETS`.
+        allocator: How the budget is distributed; None: as the preset's paper does. ``depth_first``
+            (the search of ``paper``), ``greedy`` in its place; ``uniform``: the same number of
+            units from every layer, no block removed; ``global``: the lowest-scored units of all
+            layers; ``joint``: the search of ``conditional`` over all damage curves;
+            ``uniform_widths``: the same with equal widths in all layers that stay.
         granularities: What may be removed: whole ``block``, whole attention or MLP (``sub_block``),
             ``kv_group``, ``channel``. What may go whole is also what transfer entropy is measured
             of.
@@ -38,7 +42,9 @@ class PruningConfig:
             models where 64 channels are too coarse a step for the ratio; the plan records the
             value.
         min_kv_groups: Least KV groups that an attention keeps (unless it is removed whole).
-        compensation: ``mean`` puts the mean output of what was cut into a bias; ``none`` does not.
+        compensation: ``mean`` puts the mean output of what was cut into a bias; ``least_squares``
+            also folds its conditional mean into the columns that stay; ``none`` does neither.
+            None: what the preset's paper does.
         language_model: Path of the causal language model inside the module; None finds the only
             one.
 
@@ -69,12 +75,18 @@ class PruningConfig:
         search_tolerance: Method. Fraction of the decoder parameters that the search may leave to
             single channels.
         node_limit: Nodes that the depth-first search may visit.
-        seed: Seed of K-means.
+        sensitivity: Method. What weighs the damage curves of ``conditional``: the ``kl`` to the dense
+            model, increase of ``nll``, ``frobenius`` norm of the change of the final hidden state,
+            ``transfer_entropy`` of each whole sub-block, or ``none``.
+        damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
+            inverted.
+        seed: Seed of K-means and of random choices.
 
         max_calibration_tokens: Stop observing after this many real tokens (128 samples of 2048 in
             the paper).
         min_calibration_tokens: Refuse to calibrate on fewer real tokens.
         replay_batch_tokens: Tokens of one replayed forward: lower it when memory is short.
+        sensitivity_tokens: Tokens on which sensitivities are measured, at most.
         latency_prompt_tokens: Prompt of the latency measurement; 0 skips it.
         latency_new_tokens: Tokens decoded in it.
         latency_batch_size: Prompts decoded at once.
@@ -83,18 +95,20 @@ class PruningConfig:
         ConfigError: If a value cannot be meant.
 
     Example:
-        >>> PruningConfig(pruning_ratio=0.3).allocator
-        'depth_first'
+        >>> PruningConfig(pruning_ratio=0.3).channel_multiple is None
+        True
     """
 
     pruning_ratio: float
     preset: str = "paper"
-    allocator: Literal["depth_first", "greedy", "uniform"] = "depth_first"
+    allocator: (
+        Literal["depth_first", "greedy", "uniform", "global", "joint", "uniform_widths"] | None
+    ) = None
     granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
     protected_layers: tuple[int, ...] = ()
     channel_multiple: int | None = None
     min_kv_groups: int = 1
-    compensation: Literal["mean", "none"] = "mean"
+    compensation: Literal["mean", "least_squares", "none"] | None = None
     language_model: str | None = None
 
     estimator: Literal["logstd_sum", "std_sum", "logdet"] = "logstd_sum"
@@ -112,11 +126,14 @@ class PruningConfig:
     removed_mean: Literal["add", "drop"] = "add"
     search_tolerance: float = 0.0015
     node_limit: int = 1_000_000
+    sensitivity: Literal["kl", "nll", "frobenius", "transfer_entropy", "none"] = "kl"
+    damping: float = 0.01
     seed: int = 0
 
     max_calibration_tokens: int = 262_144
     min_calibration_tokens: int = 128
     replay_batch_tokens: int = 8192
+    sensitivity_tokens: int = 16_384
     latency_prompt_tokens: int = 128
     latency_new_tokens: int = 16
     latency_batch_size: int = 1
@@ -131,8 +148,9 @@ class PruningConfig:
             object.__setattr__(self, name, tuple(value))
         for field, hint in get_type_hints(type(self)).items():
             value = getattr(self, field)
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                raise ConfigError(f"{field} must be one of {list(get_args(hint))}, got {value!r}.")
+            known = _choices(hint)
+            if known and value not in known:
+                raise ConfigError(f"{field} must be one of {known}, got {value!r}.")
         if unknown := [g for g in self.granularities if g not in get_args(Granularity)]:
             raise ConfigError(
                 "granularities has "
@@ -148,7 +166,13 @@ class PruningConfig:
             raise ConfigError(
                 f"protected_layers must be layer indices, got {list(self.protected_layers)}."
             )
-        for name in ("entropy_floor", "ratio_temperature", "ratio_strength", "search_tolerance"):
+        for name in (
+            "entropy_floor",
+            "ratio_temperature",
+            "ratio_strength",
+            "search_tolerance",
+            "damping",
+        ):
             self._check_number(name)
         if not isinstance(self.cap_clusters, bool):
             raise ConfigError(f"cap_clusters must be true or false, got {self.cap_clusters!r}.")
@@ -160,7 +184,7 @@ class PruningConfig:
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        above = name in ("entropy_floor", "ratio_temperature")
+        above = name in ("entropy_floor", "ratio_temperature", "damping")
         if not number or not math.isfinite(value) or value < 0 or (above and not value):
             least = "above 0" if above else "at least 0"
             raise ConfigError(f"{name} must be a number {least}, got {value!r}.")
@@ -209,6 +233,15 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
     if unknown := sorted(set(options) - known):
         hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
         raise ConfigError(f"unknown option {unknown[0]!r}{hint}")
+
+
+def _choices(hint: object) -> list[Any]:
+    """Return what a field may be, where that is a list of texts (or None); else nothing."""
+    optional = get_origin(hint) in (Union, UnionType)
+    literal = next((part for part in get_args(hint) if get_origin(part) is Literal), hint)
+    if get_origin(literal) is not Literal or (literal is not hint and not optional):
+        return []
+    return [*get_args(literal), None] if optional else [*get_args(literal)]
 
 
 def _is_integer(value: object) -> bool:

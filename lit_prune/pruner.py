@@ -2,55 +2,33 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from lit_prune.allocation import Ranking, make_budget
-from lit_prune.calibration import Calibration, bypass_units, collect_rows, replay
+from lit_prune.allocation import make_budget
+from lit_prune.calibration import Calibration, collect_rows
 from lit_prune.config import PruningConfig
-from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
-from lit_prune.errors import CalibrationError, PlanMismatchError, UnsupportedModelError
+from lit_prune.decoder import spec_for
+from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.measurement import Measurement, conditions, measure, report_rows
-from lit_prune.methods import Scores, entropy_scores, plan_of, preset
-from lit_prune.metrics import perplexity_of
+from lit_prune.methods import Scores, preset
+from lit_prune.planning import Planned, calibrate, make_plan, versions
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
-from lit_prune.surgery import Compensation, applied, masked, mean_compensation
+from lit_prune.surgery import Compensation, applied
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from transformers import PreTrainedModel
 
-    from lit_prune.allocation import Budget
-    from lit_prune.calibration import RowSet
     from lit_prune.plan import PruningPlan
 
 # Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
 # refused.
 _FEW_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A plan with everything that it rests on; nothing has been changed yet.
-
-    Attributes:
-        plan: What stays.
-        compensation: Constants for what goes; None without compensation.
-        scores: Unit entropies and transfer entropies.
-        budget: The request against the model.
-    """
-
-    plan: PruningPlan
-    compensation: Compensation | None
-    scores: Scores
-    budget: Budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +88,7 @@ def prune(
         True
     """
     config = PruningConfig.from_options(options)
-    preset(config.preset)
+    config = preset(config.preset).resolve(config)
     spec = spec_for(model)
     make_budget(spec, config)
     refuse_non_finite_weights(model)
@@ -129,119 +107,6 @@ def prune(
             report = make_report(planned, calibration, config, before, after)
         model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
     return PruningResult(planned.plan, report, calibration, planned.scores, planned.compensation)
-
-
-def calibrate(
-    model: PreTrainedModel,
-    rows: RowSet,
-    config: PruningConfig,
-    *,
-    units: dict[SubBlock, tuple[Tensor, Tensor]] | None = None,
-    notes: Sequence[str] = (),
-    progress: bool = True,
-) -> Calibration:
-    """Measure what the method needs, by replaying the rows where it needs more than ``units``.
-
-    Args:
-        model: The model in its final, dense state.
-        rows: The text.
-        config: The request.
-        units: Moments that were observed in the validation loop on exactly these weights. They are
-            used where nothing else is needed; a replay measures them anew in its own first forward,
-            at no extra cost and independent of order and padding.
-        notes: What the report should say about the text.
-        progress: Show a bar.
-
-    Raises:
-        CalibrationError: If there is too little text, or an activation is not finite.
-    """
-    fingerprint = spec_for(model).fingerprint
-    calibration = Calibration(fingerprint, rows, units or {}, notes=tuple(notes))
-    calibration.require(config.min_calibration_tokens)
-    bypass = needed_bypasses(model, config)
-    if units is not None and not bypass and rows.split:
-        return calibration
-    replayed = replay(
-        model,
-        rows,
-        bypass,
-        target=config.transfer_target,
-        joint=config.estimator == "logdet",
-        max_tokens=config.replay_batch_tokens,
-        progress=progress,
-    )
-    return calibration.with_replay(replayed)
-
-
-def needed_bypasses(model: PreTrainedModel, config: PruningConfig) -> tuple[Any, ...]:
-    """Return the units whose transfer entropy the request needs: none for fixed ratios."""
-    if config.allocator == "uniform" or not config.pruning_ratio:
-        return ()
-    wanted = {"block"} | ({"attention", "mlp"} if "sub_block" in config.granularities else set())
-    return tuple(unit for unit in bypass_units(DecoderParts(model)) if unit.kind in wanted)
-
-
-def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> Planned:
-    """Plan from a calibration.
-
-    The model is only read (and, between K = 3 and 6, judged on the choose text).
-
-    Raises:
-        PlanMismatchError: If the calibration belongs to another architecture.
-        BudgetError: If the ratio cannot be met.
-    """
-    spec = spec_for(model)
-    if calibration.model_fingerprint != spec.fingerprint:
-        raise PlanMismatchError(
-            "calibration was made for a model with fingerprint "
-            f"{calibration.model_fingerprint[:12]}…, this one has {spec.fingerprint[:12]}…. "
-            "Calibrate this model."
-        )
-    needed = set(needed_bypasses(model, config))
-    joint = calibration.full is not None and calibration.full.ndim == 2
-    if needed and (
-        calibration.target != config.transfer_target or (config.estimator == "logdet" and not joint)
-    ):
-        raise CalibrationError(
-            f"calibration was measured for transfer_target {calibration.target!r} with "
-            f"{'covariances' if joint else 'variances'}; estimator {config.estimator!r} at "
-            f"{config.transfer_target!r} needs its own. Calibrate again with these options."
-        )
-    if missing := sorted(needed - set(calibration.bypassed or {})):
-        raise CalibrationError(
-            f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of "
-            f"{len(needed)} missing): it was made for another request. Calibrate again with these "
-            "options, or use allocator='uniform'."
-        )
-    budget = make_budget(spec, config)
-    scores = entropy_scores(spec, calibration, config)
-    ranking = Ranking(
-        {place: entropy.numpy() for place, entropy in scores.units.items()},
-        {(index, part.kind): part.unit_width for index, part in spec.sub_blocks},
-    )
-
-    def constants(plan: PruningPlan) -> Compensation | None:
-        if config.compensation == "none":
-            return None
-        return mean_compensation(model, plan, calibration.units, removed_mean=config.removed_mean)
-
-    def judge(plan: PruningPlan) -> float:
-        with quiet(model), masked(model, plan, constants(plan)):
-            return perplexity_of(
-                model, calibration.rows.batches("choose", config.replay_batch_tokens)
-            ).mean_nll
-
-    decision = preset(config.preset)(budget, scores, ranking, judge)
-    provenance = {
-        "config": config.to_dict(),
-        "channel_multiple": budget.channel_multiple,
-        "achieved_ratio": budget.removed(decision.counts) / spec.decoder_parameters,
-        "method": decision.trace,
-        "calibration": calibration.describe(),
-        "versions": versions(),
-    }
-    plan = replace(plan_of(budget, decision.counts, ranking), provenance=provenance)
-    return Planned(plan, constants(plan), scores, budget)
 
 
 def make_report(
@@ -266,9 +131,9 @@ def make_report(
         ]
     fallback = [
         "the search stopped at its node limit: the selection is the best found, its cost proven "
-        f"within {search['transfer_entropy'] - search['bound']:.4g} nats of the optimum"
+        f"within {search['cost'] - search['bound']:.4g} of the optimum"
         for search in planned.plan.provenance["method"].get("searches", [])
-        if not search["optimal"] and config.allocator == "depth_first"
+        if not search["optimal"] and search["nodes"]
     ]
     if config.channel_multiple is None and planned.budget.channel_multiple < 64:
         fallback.append(
@@ -287,7 +152,13 @@ def make_report(
         search=planned.plan.provenance["method"],
         config=config.to_dict(),
         conditions=conditions(before, after),
-        warnings=(*calibration.notes, *few, *fallback, *warnings),
+        warnings=(
+            *calibration.notes,
+            *few,
+            *fallback,
+            *planned.plan.provenance["compensation"],
+            *warnings,
+        ),
         versions=versions(),
     )
 
@@ -305,21 +176,3 @@ def refuse_non_finite_weights(model: PreTrainedModel) -> None:
                 f"{name} has {bad} of {parameter.numel()} values that are NaN or infinite: load "
                 "the checkpoint again, or look at the training run (learning rate, precision)."
             )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a number depends on."""
-    found = {"python": platform.python_version()}
-    for package in (
-        "lit-prune",
-        "torch",
-        "transformers",
-        "lightning",
-        "torchmetrics",
-        "scikit-learn",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

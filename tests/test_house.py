@@ -22,12 +22,14 @@ DIRECT = {
     "calibration": {"decoder", "config"},
     "allocation": {"decoder", "plan", "config"},
     "methods": {"calibration", "importance", "allocation"},
-    "surgery": {"decoder", "plan"},
+    "surgery": {"decoder", "plan", "importance"},
     "metrics": {"decoder"},
     "report": {"plan", "metrics"},
     "measurement": {"calibration", "report"},
     "record": {"plan", "report"},
-    "pruner": {"methods", "surgery", "report", "measurement", "record"},
+    "planning": {"methods", "surgery", "metrics"},
+    "sweep": {"planning"},
+    "pruner": {"planning", "report", "measurement", "record"},
     "saving": {"plan", "decoder", "surgery", "report", "record"},
     "views": {"plan", "report"},
     "trainer": set(),
@@ -35,7 +37,7 @@ DIRECT = {
     "finetune": {"callback"},
     "testing": {"callback"},
     "cli": {"callback", "finetune", "testing"},
-    "": {"cli", "finetune", "testing"},  # lit_prune/__init__.py, the façade
+    "": {"cli", "finetune", "testing", "sweep"},  # lit_prune/__init__.py, the façade
 }
 PURE = {"importance"}  # third parties: torch only
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

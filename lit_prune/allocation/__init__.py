@@ -1,29 +1,40 @@
 """From scores and a budget to what goes: pure functions over plain numbers, no model in sight."""
 
+from lit_prune.allocation.alike import alike_choice
 from lit_prune.allocation.budget import Budget, make_budget
 from lit_prune.allocation.clusters import cluster_ladder, lowest_cluster
 from lit_prune.allocation.depth_first import depth_first
 from lit_prune.allocation.greedy import greedy
+from lit_prune.allocation.joint import JointSelection, Level, joint_search
+from lit_prune.allocation.lowest import global_choice, ratio_choice
 from lit_prune.allocation.ratios import block_ratios
 from lit_prune.allocation.reachable import reachable_totals
 from lit_prune.allocation.search import Candidate, Selection
-from lit_prune.allocation.settle import Ranking, meet, settle
+from lit_prune.allocation.settle import Ranking, meet, require_met, settle, settled
 from lit_prune.allocation.uniform import uniform_choice, uniform_counts
 
 __all__ = [
     "Budget",
     "Candidate",
+    "JointSelection",
+    "Level",
     "Ranking",
     "Selection",
+    "alike_choice",
     "block_ratios",
     "cluster_ladder",
     "depth_first",
+    "global_choice",
     "greedy",
+    "joint_search",
     "lowest_cluster",
     "make_budget",
     "meet",
+    "ratio_choice",
     "reachable_totals",
+    "require_met",
     "settle",
+    "settled",
     "uniform_choice",
     "uniform_counts",
 ]

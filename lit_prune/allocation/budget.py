@@ -125,7 +125,7 @@ def _auto_multiple(spec: DecoderSpec, config: PruningConfig) -> int:
         return 1
     channels = min(mlp.num_channels for mlp in mlps)
     step = max(mlp.unit_parameters for mlp in mlps) * (
-        len(mlps) if config.allocator == "uniform" else 1
+        len(mlps) if config.allocator in ("uniform", "uniform_widths") else 1
     )
     for multiple in _FAVOURITE_MULTIPLES:
         if (

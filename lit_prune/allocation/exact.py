@@ -55,7 +55,7 @@ class ReachableTotals:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._places = [(index, part) for index, part in budget.spec.sub_blocks]
-        self._bias = budget.spec.hidden_size if budget.config.compensation == "mean" else 0
+        self._bias = budget.spec.hidden_size if budget.config.compensation != "none" else 0
         first = budget.spec.blocks[LEADING[0]]
         self._start = _State(bool(self._bias) and not first.constant_parameters, False, False)
         sizes = [part.unit_parameters for _, part in self._places]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lit_prune.allocation.exact import ReachableTotals
-from lit_prune.errors import ScoreError
+from lit_prune.decoder import all_kept
+from lit_prune.errors import BudgetError, ScoreError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,6 +116,37 @@ def meet(budget: Budget, counts: Mapping[SubBlock, int]) -> dict[SubBlock, int]:
         if budget.met_by(found):
             return found
     return dict(counts)
+
+
+def settled(
+    budget: Budget, counts: Mapping[SubBlock, int], ranking: Ranking
+) -> dict[SubBlock, int]:
+    """Return the counts nearest to a draft that meet the ratio.
+
+    Raises:
+        BudgetError: If none was found.
+    """
+    found = settle(budget, dict(counts), ranking)
+    if not budget.met_by(found):
+        found = meet(budget, found)
+    require_met(budget, found)
+    return found
+
+
+def require_met(budget: Budget, counts: Mapping[SubBlock, int]) -> None:
+    """Refuse counts that do not meet the request.
+
+    Raises:
+        BudgetError: Names what they remove.
+    """
+    achieved = budget.removed(counts) / budget.spec.decoder_parameters
+    if not budget.met_by(counts) or counts == all_kept(budget.spec):
+        raise BudgetError(
+            f"pruning_ratio {budget.config.pruning_ratio:g} was not met: the nearest plan of "
+            f"allocator {budget.config.allocator!r} removes {achieved:.4f} (channel_multiple "
+            f"{budget.channel_multiple}). Ask for that, allow more granularities, or set a "
+            "smaller channel_multiple."
+        )
 
 
 def _next(allowed: tuple[int, ...], count: int, *, lower: bool) -> int | None:

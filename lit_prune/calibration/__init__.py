@@ -5,22 +5,34 @@ from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
+from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
 from lit_prune.calibration.replay import Replayed, replay
+from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet
+from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
+from lit_prune.calibration.split import Side
+from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
+    "SENSITIVITIES",
+    "TAYLOR_SCORES",
     "Batch",
     "Calibration",
     "ChannelMoments",
+    "Needs",
     "Observer",
     "RecordedRun",
     "Replayed",
     "Row",
     "RowSet",
+    "Side",
     "Unit",
     "bypass_units",
     "collect_rows",
+    "measure_residuals",
+    "measure_sensitivities",
+    "measure_taylor",
     "real_tokens",
     "replay",
 ]

@@ -74,11 +74,12 @@ class RecordedRun:
         kwargs = dict(kwargs)
         self._entries.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
 
-    def without(self, unit: Unit) -> Tensor:
+    def without(self, unit: Unit, constant: Tensor | None = None) -> Tensor:
         """Return the hidden state that would enter the final norm if ``unit`` were the identity.
 
         Args:
             unit: What to bypass: only its residual connection stays.
+            constant: What a bypassed attention or MLP returns, ``[hidden_size]``; None: nothing.
 
         Returns:
             ``[batch, tokens, hidden_size]``.
@@ -87,7 +88,7 @@ class RecordedRun:
         layers = self._parts.layers
         if unit.kind != "block":
             module = self._parts.sub_block(unit.layer, unit.kind)
-            with silenced(module, returns_weights=unit.kind == "attention"):
+            with silenced(module, constant, returns_weights=unit.kind == "attention"):
                 hidden = _first(layers[unit.layer](hidden, **kwargs))
         for layer in range(unit.layer + 1, len(layers)):
             hidden = _first(layers[layer](hidden, **self._entries[layer][1]))
@@ -95,11 +96,14 @@ class RecordedRun:
 
 
 @contextmanager
-def silenced(module: nn.Module, *, returns_weights: bool) -> Iterator[None]:
-    """Let a sub-block return zero, without computing it and without changing the module tree."""
+def silenced(
+    module: nn.Module, constant: Tensor | None = None, *, returns_weights: bool
+) -> Iterator[None]:
+    """Let a sub-block return a constant (or zero), uncomputed, the module tree unchanged."""
     # an instance attribute shadows the class's method: names, hooks and parameters stay
     own = vars(module).get("forward")  # somebody else's patch, put back after
-    module.forward = ConstantOutput(None, returns_weights=returns_weights).forward
+    bias = None if constant is None else nn.Parameter(constant, requires_grad=False)
+    module.forward = ConstantOutput(bias, returns_weights=returns_weights).forward
     try:
         yield
     finally:

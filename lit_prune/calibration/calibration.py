@@ -19,10 +19,13 @@ from lit_prune.errors import ArtifactError, CalibrationError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lit_prune.calibration.needs import Needs
     from lit_prune.calibration.observer import Probed
     from lit_prune.calibration.replay import Replayed
 
 _SCHEMA = 1
+# Statistics that are one tensor for each sub-block.
+_BY_PLACE = ("covariances", "held_out", "curves", "sensitivities", "taylor", "inputs")
 # What reading a file that is something else may raise.
 _UNREADABLE = (
     AttributeError,
@@ -47,6 +50,14 @@ class Calibration:
         full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a
             replay.
         bypassed: The same with each block, attention and MLP bypassed.
+        covariances: Covariance of the inputs that ``units`` describes, ``[width, width]`` each.
+        held_out: Second moments of the same inputs on the choose side, about the same means.
+        curves: Damage curve of each sub-block, ``[units + 1, 2]``: in row r the unit that leaves as
+            r-th (-1 in row 0) and the damage when r have left.
+        sensitivities: For each sub-block, `SENSITIVITIES`, ``[3]``.
+        taylor: For each sub-block, `TAYLOR_SCORES` of every unit, ``[units, scores]``.
+        similarities: Mean cosine of each block's input and output, ``[layers]``.
+        inputs: Second moment of the input of each sub-block (after its norm), ``[hidden_size]``.
         target: Where that state was read, ``after_norm`` or ``before_norm``.
         source: Where ``units`` come from: ``validation loop`` or ``replay``.
         notes: What the report says about the text, in words.
@@ -57,6 +68,13 @@ class Calibration:
     units: dict[Probed, tuple[Tensor, Tensor]]
     full: Tensor | None = None
     bypassed: dict[Unit, Tensor] | None = None
+    covariances: dict[Probed, Tensor] | None = None
+    held_out: dict[Probed, Tensor] | None = None
+    curves: dict[Probed, Tensor] | None = None
+    sensitivities: dict[Probed, Tensor] | None = None
+    taylor: dict[Probed, Tensor] | None = None
+    similarities: Tensor | None = None
+    inputs: dict[Probed, Tensor] | None = None
     target: str = "after_norm"
     source: str = "validation loop"
     notes: tuple[str, ...] = ()
@@ -80,9 +98,21 @@ class Calibration:
             units=replayed.units,
             full=replayed.full,
             bypassed=replayed.bypassed or None,
+            covariances=replayed.covariances or None,
             target=replayed.target,
             source="replay",
         )
+
+    def lacks(self, needs: Needs) -> tuple[str, ...]:
+        """Return the names of statistics that are asked for and not there."""
+        wanted = {
+            "covariances": needs.covariances,
+            "curves": needs.curves,
+            "sensitivities": needs.sensitivities,
+            "taylor": needs.taylor,
+            "similarities": needs.residuals,
+        }
+        return tuple(name for name, here in wanted.items() if here and getattr(self, name) is None)
 
     def describe(self) -> dict[str, Any]:
         """Return what a report and a model card state about the calibration text."""
@@ -126,6 +156,11 @@ class Calibration:
             tensors["state.full"] = self.full
         for unit, state in (self.bypassed or {}).items():
             tensors[f"state.{unit.layer}.{unit.kind}"] = state
+        for name in _BY_PLACE:
+            for (layer, kind), tensor in (getattr(self, name) or {}).items():
+                tensors[f"{name}.{layer}.{kind}"] = tensor
+        if self.similarities is not None:
+            tensors["similarities"] = self.similarities
         header = {
             "schema_version": _SCHEMA,
             "model_fingerprint": self.model_fingerprint,
@@ -164,12 +199,15 @@ class Calibration:
         ids, scored = tensors["rows.ids"].split(lengths), tensors["rows.scored"].split(lengths)
         units: dict[Probed, tuple[Tensor, Tensor]] = {}
         bypassed: dict[Unit, Tensor] = {}
+        by_place: dict[str, dict[Probed, Tensor]] = {}
         for name, tensor in tensors.items():
             match name.split("."):
                 case ["units", layer, ("attention" | "mlp") as kind, "mean"]:
                     units[int(layer), kind] = (tensor, tensors[f"units.{layer}.{kind}.variance"])
                 case ["state", layer, ("block" | "attention" | "mlp") as kind]:
                     bypassed[Unit(int(layer), kind)] = tensor
+                case [group, layer, ("attention" | "mlp") as kind] if group in _BY_PLACE:
+                    by_place.setdefault(group, {})[int(layer), kind] = tensor
         texts = (header["model_fingerprint"], header["source"], header["target"], *header["notes"])
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text in its header is none")
@@ -179,6 +217,8 @@ class Calibration:
             units=dict(sorted(units.items())),
             full=tensors.get("state.full"),
             bypassed=dict(sorted(bypassed.items())) or None,
+            similarities=tensors.get("similarities"),
+            **{group: dict(sorted(found.items())) for group, found in by_place.items()},
             target=header["target"],
             source=header["source"],
             notes=tuple(header["notes"]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.calibration.rows import RowSet
+    from lit_prune.calibration.split import Side
 
 TransferTarget = Literal["after_norm", "before_norm"]
 
@@ -38,12 +39,14 @@ class Replayed:
             model; None where no bypass was asked for.
         bypassed: The same with each unit bypassed.
         target: Where the final hidden state was read.
+        covariances: Covariance of the same inputs, ``[width, width]``; empty where not asked for.
     """
 
     units: dict[Probed, tuple[Tensor, Tensor]]
     full: Tensor | None
     bypassed: dict[Unit, Tensor]
     target: TransferTarget = "after_norm"
+    covariances: dict[Probed, Tensor] = field(default_factory=dict)
 
 
 def replay(
@@ -53,10 +56,12 @@ def replay(
     *,
     target: TransferTarget = "after_norm",
     joint: bool = False,
+    covariances: bool = False,
+    side: Side = "calibrate",
     max_tokens: int = 8192,
     progress: bool = False,
 ) -> Replayed:
-    """Run the calibrate side once, and from each batch's hidden states every bypass.
+    """Run one side once, and from each batch's hidden states every bypass.
 
     The batches are made from the distinct rows in canonical order: the result is bit-identical
     whatever the order, padding or batch size in which the rows arrived.
@@ -69,6 +74,9 @@ def replay(
             before it.
         joint: Keep covariances of the final hidden state instead of variances (``8 * hidden_size **
             2`` bytes for each bypass).
+        covariances: Keep the covariance of every output projection's input (``8 * width ** 2``
+            bytes each).
+        side: Which text.
         max_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
 
@@ -85,18 +93,20 @@ def replay(
         for unit in (None, *bypass)
     }
     moments: dict[Probed, ChannelMoments] = {}
+    joints: dict[Probed, ChannelCovariance] = {}
     bar = tqdm(
-        total=rows.num_batches("calibrate", max_tokens) * (1 + len(bypass)),
+        total=rows.num_batches(side, max_tokens) * (1 + len(bypass)),
         desc="Calibrating (replay)",
         unit="forward",
         leave=False,
         disable=None if progress else True,
     )
     with quiet(model), bar:
-        for number, batch in enumerate(rows.batches("calibrate", max_tokens)):
+        for number, batch in enumerate(rows.batches(side, max_tokens)):
             mask = batch.attention_mask.to(device)
             try:
-                with _UnitProbes(parts, mask, f"replayed batch {number}") as probes:
+                place = f"replayed batch {number}"
+                with _UnitProbes(parts, mask, place, covariances=covariances) as probes:
                     run = RecordedRun(parts, batch.model_inputs(device))
                 bar.update()
                 # merged below, after the whole batch, so that a failure adds none of it
@@ -108,7 +118,6 @@ def replay(
                     found[unit] = part = metric.measure(final)
                     if not bool(torch.isfinite(part[2]).all()):
                         name = "the final hidden state" + (f" without {unit}" if unit else "")
-                        place = f"replayed batch {number}"
                         raise CalibrationError(describe_non_finite(hidden, name, place, model))
                     bar.update(unit is not None)
             except torch.OutOfMemoryError as error:
@@ -119,6 +128,8 @@ def replay(
                 ) from error
             for probed, part in probes.measured.items():
                 moments.setdefault(probed, ChannelMoments(part[1].numel())).update(part)
+            for probed, joint_part in probes.joints.items():
+                joints.setdefault(probed, ChannelCovariance(len(joint_part[1]))).update(joint_part)
             for unit, part in found.items():
                 states[unit].update(part)
     return Replayed(
@@ -126,15 +137,20 @@ def replay(
         _state(states[None]) if bypass else None,
         {unit: _state(states[unit]) for unit in bypass},
         target,
+        {probed: joints[probed].result() for probed in sorted(joints)},
     )
 
 
 class _UnitProbes:
     """Moments of the inputs of every output projection, for the one forward inside the ``with``."""
 
-    def __init__(self, parts: DecoderParts, mask: Tensor, place: str) -> None:
+    def __init__(
+        self, parts: DecoderParts, mask: Tensor, place: str, *, covariances: bool
+    ) -> None:
         self.measured: dict[Probed, tuple[int, Tensor, Tensor]] = {}
+        self.joints: dict[Probed, tuple[Tensor, Tensor, Tensor]] = {}
         self._parts, self._mask, self._place = parts, mask, place
+        self._covariances = covariances
 
     def __enter__(self) -> _UnitProbes:
         self._handles = [
@@ -158,6 +174,8 @@ class _UnitProbes:
             name = self._parts.output_name(*probed)
             raise CalibrationError(describe_non_finite(x, name, self._place, self._parts.model))
         self.measured[probed] = part
+        if self._covariances:
+            self.joints[probed] = ChannelCovariance(x.shape[-1]).measure(x[self._mask])
 
 
 def _final(parts: DecoderParts, hidden: Tensor, mask: Tensor, target: TransferTarget) -> Tensor:

@@ -1,5 +1,13 @@
 """Importance as pure functions: tensors in, tensors out."""
 
+from lit_prune.importance.conditional import (
+    condition_number,
+    conditional_entropy,
+    conditional_mean,
+    damped,
+    output_error,
+)
+from lit_prune.importance.damage import DamageCurve, damage_curve
 from lit_prune.importance.gaussian import (
     Estimator,
     channel_entropy,
@@ -8,4 +16,17 @@ from lit_prune.importance.gaussian import (
     unit_entropy,
 )
 
-__all__ = ["Estimator", "channel_entropy", "state_entropy", "transfer_entropy", "unit_entropy"]
+__all__ = [
+    "DamageCurve",
+    "Estimator",
+    "channel_entropy",
+    "condition_number",
+    "conditional_entropy",
+    "conditional_mean",
+    "damage_curve",
+    "damped",
+    "output_error",
+    "state_entropy",
+    "transfer_entropy",
+    "unit_entropy",
+]

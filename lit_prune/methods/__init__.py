@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lit_prune.errors import ConfigError, did_you_mean
-from lit_prune.methods import paper
-from lit_prune.methods.decision import Decision, Judge, Scores, entropy_scores, plan_of
+from lit_prune.methods import (
+    blockpruner,
+    conditional,
+    flap,
+    layerdrop,
+    llm_pruner,
+    magnitude,
+    owl,
+    paper,
+    random,
+    shortgpt,
+    sleb,
+    two_ssp,
+    wanda,
+)
+from lit_prune.methods.decision import Case, Decision, Judge, Kept, Method, plan_of
+from lit_prune.methods.entropy import Scores, entropy_scores
 
-PRESETS: dict[str, Callable[..., Decision]] = {"paper": paper.decide}
+_METHODS = (
+    conditional.METHOD,
+    paper.METHOD,
+    flap.METHOD,
+    flap.METHOD_LS,
+    wanda.METHOD,
+    wanda.METHOD_LS,
+    owl.METHOD,
+    llm_pruner.METHOD,
+    two_ssp.METHOD,
+    sleb.METHOD,
+    blockpruner.METHOD,
+    shortgpt.METHOD,
+    layerdrop.METHOD,
+    magnitude.METHOD,
+    random.METHOD,
+)
+PRESETS: dict[str, Method] = {method.name: method for method in _METHODS}
 
 
-def preset(name: str) -> Callable[..., Decision]:
+def preset(name: str) -> Method:
     """Return the method of this name.
 
     Raises:
@@ -25,4 +55,15 @@ def preset(name: str) -> Callable[..., Decision]:
     return PRESETS[name]
 
 
-__all__ = ["PRESETS", "Decision", "Judge", "Scores", "entropy_scores", "plan_of", "preset"]
+__all__ = [
+    "PRESETS",
+    "Case",
+    "Decision",
+    "Judge",
+    "Kept",
+    "Method",
+    "Scores",
+    "entropy_scores",
+    "plan_of",
+    "preset",
+]

@@ -1,39 +1,65 @@
-"""What a method is given and what it returns."""
+"""What a method is given, and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lit_prune.importance import state_entropy, transfer_entropy, unit_entropy
+from lit_prune.allocation import Ranking
+from lit_prune.calibration import Needs, Side
+from lit_prune.config import Granularity
+from lit_prune.decoder import all_kept
+from lit_prune.errors import ConfigError
 from lit_prune.plan import LayerPlan, PruningPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
-    from lit_prune.allocation import Budget, Ranking
-    from lit_prune.calibration import Calibration, Unit
+    from lit_prune.allocation import Budget
+    from lit_prune.calibration import Calibration
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec, SubBlock
 
-# Mean NLL of the choose text under a plan (nats for each token), measured on the masked dense
-# model.
-Judge = Callable[[PruningPlan], float]
+# Kept units of every sub-block, ascending; () removes it.
+Kept = Mapping["SubBlock", tuple[int, ...]]
+# Mean NLL (nats per token) of a side of the text when only these units stay, measured on the masked
+# dense model with the compensation of the request.
+Judge = Callable[[Kept, Side], float]
+EVERYTHING: tuple[Granularity, ...] = get_args(Granularity)
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Importance of everything that may leave, in nats; higher means keep.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One request on one model, ready to be decided.
 
     Attributes:
-        units: Entropy of each KV group and channel, by ``(layer, kind)``, ``[units]``, float64.
-        transfer: Transfer entropy of each block, attention and MLP; empty where it was not
-            measured.
+        model: The language model; a method only reads its weights.
+        calibration: What was measured on it.
+        budget: How much may go, and where; its ``config`` holds every option.
+        judge: Measures a draft; for methods that search by real losses.
     """
 
-    units: dict[SubBlock, Tensor]
-    transfer: dict[Unit, float]
+    model: PreTrainedModel
+    calibration: Calibration
+    budget: Budget
+    judge: Judge
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The model as units."""
+        return self.budget.spec
+
+    @property
+    def config(self) -> PruningConfig:
+        """The request."""
+        return self.budget.config
+
+    def ranking(self, scores: Mapping[SubBlock, Tensor]) -> Ranking:
+        """Return the order in which units leave, from a score for each unit; higher stays."""
+        widths = {(index, part.kind): part.unit_width for index, part in self.spec.sub_blocks}
+        return Ranking({place: score.numpy() for place, score in scores.items()}, widths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,57 +67,105 @@ class Decision:
     """Kept units of every sub-block, and how they were found.
 
     Attributes:
-        counts: Kept units by ``(layer, kind)``.
+        kept: Kept units by ``(layer, kind)``, ascending.
         trace: JSON-able record of each stage.
     """
 
-    counts: dict[SubBlock, int]
+    kept: dict[SubBlock, tuple[int, ...]]
     trace: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls, counts: Mapping[SubBlock, int], ranking: Ranking, trace: dict[str, Any] | None = None
+    ) -> Decision:
+        """Keep the best ``counts`` units of every sub-block."""
+        kept = {place: ranking.kept(place, count) for place, count in counts.items()}
+        return cls(kept, trace or {})
 
-def entropy_scores(spec: DecoderSpec, calibration: Calibration, config: PruningConfig) -> Scores:
-    """Score units and blocks by Gaussian entropy and transfer entropy.
+    @classmethod
+    def whole(
+        cls,
+        spec: DecoderSpec,
+        counts: Mapping[SubBlock, int] | None = None,
+        trace: dict[str, Any] | None = None,
+    ) -> Decision:
+        """Keep sub-blocks whole, but for those that ``counts`` gives 0 units."""
+        kept = {
+            place: tuple(range(units)) if counts is None or counts[place] else ()
+            for place, units in all_kept(spec).items()
+        }
+        return cls(kept, trace or {})
 
-    Args:
-        spec: The decoder.
-        calibration: Moments of units and, where a replay measured them, of every bypass.
-        config: Estimator, floor and reductions.
-
-    Raises:
-        ScoreError: If a moment is not finite.
-    """
-    floor = config.entropy_floor
-    units: dict[SubBlock, Tensor] = {}
-    for index, part in spec.sub_blocks:
-        variance = calibration.units[index, part.kind][1]
-        units[index, part.kind] = unit_entropy(
-            variance, part.unit_width, floor=floor, reduction=config.kv_group_score
-        )
-    transfer: dict[Unit, float] = {}
-    if calibration.full is not None and calibration.bypassed:
-        full = _state_entropy(calibration.full, config)
-        for unit, moments in calibration.bypassed.items():
-            transfer[unit] = float(transfer_entropy(full, _state_entropy(moments, config)))
-    return Scores(units, transfer)
-
-
-def _state_entropy(moments: Tensor, config: PruningConfig) -> Tensor:
-    # covariances that were kept for ``logdet`` serve the other estimators too
-    if moments.ndim == 2 and config.estimator != "logdet":
-        moments = moments.diagonal()
-    return state_entropy(moments, estimator=config.estimator, floor=config.entropy_floor)
+    @property
+    def counts(self) -> dict[SubBlock, int]:
+        """Number of kept units by ``(layer, kind)``."""
+        return {place: len(units) for place, units in self.kept.items()}
 
 
-def plan_of(budget: Budget, counts: dict[SubBlock, int], ranking: Ranking) -> PruningPlan:
-    """Return the plan that keeps the best ``counts`` units of every sub-block."""
+def plan_of(spec: DecoderSpec, kept: Kept) -> PruningPlan:
+    """Return the plan that keeps these units."""
     layers = tuple(
         LayerPlan(
             block.index,
-            ranking.kept((block.index, "attention"), counts[block.index, "attention"])
-            if block.attention
-            else (),
-            ranking.kept((block.index, "mlp"), counts[block.index, "mlp"]) if block.mlp else (),
+            kept[block.index, "attention"] if block.attention else (),
+            kept[block.index, "mlp"] if block.mlp else (),
         )
-        for block in budget.spec.blocks
+        for block in spec.blocks
     )
-    return PruningPlan(budget.spec.fingerprint, layers)
+    return PruningPlan(spec.fingerprint, layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One paper under one name.
+
+    Attributes:
+        name: Preset.
+        source: Authors, title, venue.
+        decide: From a case to kept units.
+        needs: Statistics that the method reads beside the unit moments.
+        granularities: What it can remove.
+        allocators: Ways to distribute the budget that it knows; the first is the paper's.
+        compensation: What the paper puts in place of what was cut.
+        deviations: Where this implementation differs from the paper or its code, in words.
+    """
+
+    name: str
+    source: str
+    decide: Callable[[Case], Decision]
+    needs: Callable[[PruningConfig], Needs] = lambda _config: Needs()
+    granularities: tuple[Granularity, ...] = EVERYTHING
+    allocators: tuple[str, ...] = ("uniform",)
+    compensation: Literal["mean", "least_squares", "none"] = "none"
+    deviations: tuple[str, ...] = ()
+
+    def resolve(self, config: PruningConfig) -> PruningConfig:
+        """Fill in what the request leaves to the method.
+
+        Raises:
+            ConfigError: If the request asks for what the method cannot do.
+        """
+        both = tuple(g for g in config.granularities if g in self.granularities)
+        if not both:
+            raise ConfigError(
+                f"preset {self.name!r} removes {list(self.granularities)} only, granularities "
+                f"allows {list(config.granularities)}: nothing could be removed."
+            )
+        allocator = config.allocator or self.allocators[0]
+        if allocator not in self.allocators:
+            raise ConfigError(
+                f"preset {self.name!r} knows the allocators {list(self.allocators)}, got "
+                f"{allocator!r}."
+            )
+        return replace(
+            config,
+            granularities=both,
+            allocator=allocator,
+            compensation=config.compensation or self.compensation,
+        )
+
+    def all_needs(self, config: PruningConfig) -> Needs:
+        """Return what has to be measured for this (resolved) request."""
+        if not config.pruning_ratio:
+            return Needs()
+        return self.needs(config) | Needs(covariances=config.compensation == "least_squares")

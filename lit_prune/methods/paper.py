@@ -28,18 +28,25 @@ from lit_prune.allocation import (
     depth_first,
     greedy,
     meet,
+    require_met,
     settle,
     uniform_choice,
 )
-from lit_prune.calibration import Unit
+from lit_prune.calibration import Needs, Unit
 from lit_prune.decoder import all_kept
 from lit_prune.errors import BudgetError
-from lit_prune.methods.decision import Decision, plan_of
+from lit_prune.methods.decision import Decision, Method
+from lit_prune.methods.entropy import entropy_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lit_prune.allocation import Budget, Selection
+    from lit_prune.calibration.bypass import BypassKind
+    from lit_prune.config import PruningConfig
     from lit_prune.decoder import SubBlock
-    from lit_prune.methods.decision import Judge, Scores
+    from lit_prune.methods.decision import Case, Kept
+    from lit_prune.methods.entropy import Scores
 
 # K of K-means: published for 30 % and 50 %; at 40 % the paper searched. The ends of the gap are
 # ours.
@@ -49,25 +56,45 @@ _FEW_UP_TO, _MANY_FROM = 0.35, 0.45
 _WHOLE = 0.999
 
 
-def decide(budget: Budget, scores: Scores, ranking: Ranking, judge: Judge) -> Decision:
+def decide(case: Case) -> Decision:
+    """Choose what stays."""
+    scores = entropy_scores(case.spec, case.calibration, case.config)
+    return distribute(
+        case.budget, scores, case.ranking(scores.units), lambda kept: case.judge(kept, "choose")
+    )
+
+
+def needs(config: PruningConfig) -> Needs:
+    """Ask for the transfer entropy of everything that may go whole; none for fixed ratios."""
+    if config.allocator == "uniform":
+        return Needs()
+    parts: tuple[BypassKind, ...] = (
+        ("attention", "mlp") if "sub_block" in config.granularities else ()
+    )
+    return Needs(bypasses=("block", *parts))
+
+
+def distribute(
+    budget: Budget, scores: Scores, ranking: Ranking, judge: Callable[[Kept], float]
+) -> Decision:
     """Choose how many units every sub-block keeps.
 
     Args:
         budget: The request against the model.
         scores: Unit entropies, and transfer entropies of everything that may go whole.
         ranking: Order in which units leave.
-        judge: Mean NLL of the choose text under a plan; called only where K is to be chosen by it.
+        judge: Mean NLL of the choose text under a draft; called only where K is to be chosen by it.
 
     Raises:
         BudgetError: If no choice meets the ratio.
     """
     config = budget.config
     if not config.pruning_ratio:
-        return Decision(all_kept(budget.spec), {"stages": "nothing to remove"})
+        return Decision.of(all_kept(budget.spec), ranking, {"stages": "nothing to remove"})
     if config.allocator == "uniform":
         counts = uniform_choice(budget)
-        _require_met(budget, counts)
-        return Decision(counts, {"allocator": "uniform"})
+        require_met(budget, counts)
+        return Decision.of(counts, ranking, {"allocator": "uniform"})
     ratio = config.pruning_ratio
     if config.num_clusters is not None:
         return _with_clusters(budget, scores, ranking, config.num_clusters)
@@ -76,10 +103,10 @@ def decide(budget: Budget, scores: Scores, ranking: Ranking, judge: Judge) -> De
     drafts = [_with_clusters(budget, scores, ranking, k) for k in (_FEW, _MANY)]
     if drafts[0].counts == drafts[1].counts:
         return drafts[0]
-    judged = [judge(plan_of(budget, draft.counts, ranking)) for draft in drafts]
+    judged = [judge(draft.kept) for draft in drafts]
     best = drafts[0] if judged[0] <= judged[1] else drafts[1]
     nll = {str(k): value for k, value in zip((_FEW, _MANY), judged, strict=True)}
-    return Decision(best.counts, {**best.trace, "mean_nll_on_choose_text_by_num_clusters": nll})
+    return Decision(best.kept, {**best.trace, "mean_nll_on_choose_text_by_num_clusters": nll})
 
 
 def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_clusters: int) -> Decision:
@@ -120,8 +147,8 @@ def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_cluster
         # coarse steps: stages that look one step ahead get stuck where a combination of steps fits
         counts = meet(budget, counts)
         trace["met_by"] = "exact combination of steps nearest to the stages' result"
-    _require_met(budget, counts)
-    return Decision(counts, trace)
+    require_met(budget, counts)
+    return Decision.of(counts, ranking, trace)
 
 
 def _ratios(budget: Budget, scores: Scores) -> tuple[float, ...]:
@@ -286,23 +313,23 @@ def _next_clusters(
         counts[place] = to
 
 
-def _require_met(budget: Budget, counts: dict[SubBlock, int]) -> None:
-    achieved = budget.removed(counts) / budget.spec.decoder_parameters
-    if not budget.met_by(counts) or counts == all_kept(budget.spec):
-        raise BudgetError(
-            f"pruning_ratio {budget.config.pruning_ratio:g} was not met: the nearest plan of "
-            f"allocator {budget.config.allocator!r} removes {achieved:.4f} (channel_multiple "
-            f"{budget.channel_multiple}). Ask for that, allow more granularities, or set a "
-            "smaller channel_multiple."
-        )
-
-
 def _describe(selection: Selection) -> dict[str, Any]:
     return {
         "chosen": [candidate.name for candidate in selection.chosen],
-        "transfer_entropy": selection.cost,
+        "cost": selection.cost,
         "parameters": selection.size,
         "optimal": selection.optimal,
         "bound": selection.bound,
         "nodes": selection.nodes,
     }
+
+
+METHOD = Method(
+    name="paper",
+    source="Yang et al., Let LLM Tell What to Prune and How Much to Prune, ICML 2025",
+    decide=decide,
+    needs=needs,
+    allocators=("depth_first", "greedy", "uniform"),
+    compensation="mean",
+    deviations=("Eqs. 4-6 and all choices that the published text leaves open are ours.",),
+)

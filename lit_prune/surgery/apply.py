@@ -99,7 +99,7 @@ def applied(
     with torch.inference_mode(False), torch.no_grad():
         ids = _check_ids(model)
         wanted = _masked_logits(model, plan, compensation, ids) if verify else None
-        edits = stage(model, spec, plan, compensation.constants if compensation else {})
+        edits = stage(model, spec, plan, compensation)
         edits.commit()
     try:
         if wanted is not None:
@@ -112,10 +112,15 @@ def applied(
 
 
 def stage(
-    model: PreTrainedModel, spec: DecoderSpec, plan: PruningPlan, constants: dict[SubBlock, Tensor]
+    model: PreTrainedModel,
+    spec: DecoderSpec,
+    plan: PruningPlan,
+    compensation: Compensation | None = None,
 ) -> StagedEdits:
     """Prepare every edit that ``plan`` asks for, without changing the model."""
     parts, edits = DecoderParts(model), StagedEdits()
+    constants = compensation.constants if compensation else {}
+    weights = compensation.weights if compensation else {}
     counts: dict[SubBlock, int] = {}
     for index, part in spec.sub_blocks:
         layer = plan.layers[index]
@@ -144,6 +149,7 @@ def stage(
                 kept,
                 part.head_dim if isinstance(part, AttentionSpec) else None,
                 part.unit_width,
+                weights.get(place),
             )
         if place in biases:
             linear = parts.output(*place)
@@ -164,10 +170,15 @@ def _slice(
     kept: tuple[int, ...],
     head_dim: int | None,
     unit_width: int,
+    compensated: Tensor | None,
 ) -> None:
     columns = unit_columns(kept, unit_width)
     output = parts.output(*place)
-    edits.parameter(output, "weight", output.weight[:, columns.to(output.weight.device)])
+    edits.parameter(
+        output,
+        "weight",
+        output.weight[:, columns.to(output.weight.device)] if compensated is None else compensated,
+    )
     edits.attribute(output, "in_features", len(columns))
     for number, linear in enumerate(parts.inputs(*place)):
         # q rows are laid out like o columns, whole groups of query heads; k and v have one head for

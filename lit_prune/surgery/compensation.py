@@ -1,10 +1,10 @@
-"""Bias compensation: what cut units wrote on average is put back as a constant."""
+"""Compensation: what cut units wrote is put back, on average or as far as the kept ones tell."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -24,18 +24,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Compensation:
-    """Constants that stand in for cut units; made for one plan on one set of weights.
+    """What stands in for cut units; made for one plan on one set of weights.
 
     Attributes:
-        constants: Mean output of what was cut, by ``(layer, kind)``, ``[hidden_size]`` each,
-            float64.
+        constants: Added to the output of each cut sub-block, by ``(layer, kind)``,
+            ``[hidden_size]`` each, float64.
         plan_digest: The plan that it belongs to.
         weights_digest: The weights that it was made for.
+        weights: New weights of output projections, where kept columns take over part of what was
+            cut, by ``(layer, kind)``, ``[hidden_size, kept columns]`` each, float32.
+        notes: What the report says about it, in words.
     """
 
     constants: dict[SubBlock, Tensor]
     plan_digest: str
     weights_digest: str
+    weights: dict[SubBlock, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write ``compensation.safetensors``."""
@@ -47,6 +52,9 @@ class Compensation:
         tensors = {
             f"{layer}.{kind}": constant.contiguous()
             for (layer, kind), constant in self.constants.items()
+        } | {
+            f"weights.{layer}.{kind}": weight.contiguous()
+            for (layer, kind), weight in self.weights.items()
         }
         beside = path.with_name(f".{path.name}.tmp")
         save_file(tensors, beside, metadata={"lit_prune": header})
@@ -65,15 +73,17 @@ class Compensation:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["lit_prune"])
                 constants: dict[SubBlock, Tensor] = {}
+                weights: dict[SubBlock, Tensor] = {}
                 for name in file.keys():  # noqa: SIM118 - not a dict
-                    layer, kind = name.split(".")
-                    constants[int(layer), _kind(kind)] = file.get_tensor(name)
+                    layer, kind = name.removeprefix("weights.").split(".")
+                    group = weights if name.startswith("weights.") else constants
+                    group[int(layer), _kind(kind)] = file.get_tensor(name)
             digests = header["plan_digest"], header["weights_digest"]
             if not all(isinstance(digest, str) for digest in digests):
                 raise TypeError(f"digests are {digests}")
         except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is not a compensation of lit_prune: {error!r}.") from error
-        return cls(constants, *digests)
+        return cls(constants, *digests, weights)
 
     def check(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         """Refuse to be used with another plan or on other weights.

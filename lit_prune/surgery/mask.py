@@ -49,6 +49,13 @@ def masked(
                 constant = constant.to(linear.weight.device, linear.weight.dtype)
             if not kept:
                 handles.append(linear.register_forward_hook(partial(_replace, constant)))
+            elif compensation is not None and (index, part.kind) in compensation.weights:
+                columns = unit_columns(kept, part.unit_width).to(linear.weight.device)
+                weight = compensation.weights[index, part.kind]
+                weight = weight.to(linear.weight.device, linear.weight.dtype)
+                handles.append(
+                    linear.register_forward_hook(partial(_recompute, columns, weight, constant))
+                )
             elif len(kept) < part.num_units:
                 mask = torch.zeros(
                     linear.weight.shape[1], device=linear.weight.device, dtype=linear.weight.dtype
@@ -69,6 +76,18 @@ def _mask(mask: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return output + constant
+
+
+def _recompute(
+    columns: Tensor,
+    weight: Tensor,
+    constant: Tensor | None,
+    module: nn.Linear,
+    args: tuple[Tensor, ...],
+    _output: Tensor,
+) -> Tensor:
+    output = nn.functional.linear(args[0][..., columns], weight, module.bias)
+    return output if constant is None else output + constant
 
 
 def _replace(constant: Tensor | None, _module: nn.Module, _args: object, output: Tensor) -> Tensor:

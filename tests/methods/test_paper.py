@@ -67,7 +67,7 @@ def test_the_trace_tells_every_stage(plan):
     assert trace["remaining_ratio"] == pytest.approx(0.3 - trace["removed_by_clusters"])
     (search,) = trace["searches"]
     assert search["optimal"]
-    assert search["transfer_entropy"] > 0
+    assert search["cost"] > 0
     assert search["chosen"]
 
 
@@ -311,7 +311,7 @@ def test_f24_the_node_limit_is_recorded():
             traces.append(decision.trace["searches"])
         assert all(search["optimal"] for search in traces[1])
         for search in traces[0]:
-            assert search["bound"] <= search["transfer_entropy"]
+            assert search["bound"] <= search["cost"]
             cut += not search["optimal"]
     assert cut
 

@@ -347,7 +347,7 @@ def test_f26_failure_at_every_edit_leaves_the_model_bit_identical(error, after, 
     monkeypatch.setattr(StagedEdits, "_assign", staticmethod(failing))
     while True:
         done.clear()
-        if k == len(apply.stage(model, spec_for(model), plan, compensation.constants)):
+        if k == len(apply.stage(model, spec_for(model), plan, compensation)):
             break
         with pytest.raises(type(error)):
             apply_plan(model, plan, compensation, verify=False)

@@ -1,0 +1,76 @@
+"""One pass over the residual stream: how much each block turns it, and what each sub-block reads."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration.rows import RowSet
+
+
+def measure_residuals(
+    model: PreTrainedModel, rows: RowSet, *, batch_tokens: int = 8192
+) -> tuple[Tensor, dict[SubBlock, Tensor]]:
+    """Measure what one forward over the calibrate side shows between the projections.
+
+    Args:
+        model: The language model, on the device where it shall run. It is left as it was.
+        rows: The calibration text.
+        batch_tokens: Tokens of one forward.
+
+    Returns:
+        Mean cosine similarity of each block's input and output over real tokens, ``[layers]``; and
+        the second moment ``E[x_j ** 2]`` of what each sub-block's input projections read,
+        ``[hidden_size]``. float64.
+    """
+    parts = DecoderParts(model)
+    device = next(model.parameters()).device
+    cosines = torch.zeros(len(parts.layers), dtype=torch.float64, device=device)
+    squares: dict[SubBlock, Tensor] = {}
+    tokens = 0
+    mask = torch.zeros(0)
+    entries: dict[int, Tensor] = {}
+
+    def enter(layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entries[layer] = args[0] if args else kwargs["hidden_states"]
+
+    def leave(layer: int, _module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401 - tensor or tuple
+        after = output if isinstance(output, Tensor) else output[0]
+        before = entries.pop(layer)
+        cosine = nn.functional.cosine_similarity(before[mask].float(), after[mask].float(), dim=-1)
+        cosines[layer] += cosine.double().sum()
+
+    def read(place: SubBlock, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found = args[0][mask].double().square().sum(0)
+        squares[place] = squares.get(place, 0) + found
+
+    handles = []
+    try:
+        for layer, block in enumerate(parts.layers):
+            handles.append(
+                block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True)
+            )
+            handles.append(block.register_forward_hook(partial(leave, layer)))
+            handles += [
+                parts.inputs(layer, kind)[0].register_forward_pre_hook(partial(read, (layer, kind)))
+                for kind in KINDS
+                if parts.exists(layer, kind)
+            ]
+        with quiet(model):
+            for batch in rows.batches("calibrate", batch_tokens):
+                mask = batch.attention_mask.to(device)
+                tokens += int(mask.sum())
+                parts.model.base_model(**batch.model_inputs(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    scale = 1 / max(tokens, 1)
+    return (cosines * scale).cpu(), {place: (x * scale).cpu() for place, x in squares.items()}

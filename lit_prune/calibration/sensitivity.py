@@ -1,0 +1,110 @@
+"""What the model's output loses when one whole sub-block becomes its mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_prune.calibration.bypass import RecordedRun, Unit
+from lit_prune.decoder import DecoderParts, SubBlock, quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration.rows import RowSet
+
+# What `measure_sensitivities` returns for each sub-block, in this order.
+SENSITIVITIES = ("kl", "nll", "frobenius")
+# Tokens whose logits are held at once: vocabularies of 150,000 would fill the memory otherwise.
+_LOGIT_TOKENS = 1024
+
+
+def measure_sensitivities(
+    model: PreTrainedModel,
+    rows: RowSet,
+    means: Mapping[SubBlock, Tensor],
+    *,
+    max_tokens: int,
+    batch_tokens: int = 8192,
+    progress: bool = False,
+) -> dict[SubBlock, Tensor]:
+    """Replace each sub-block by its mean output, one at a time, and compare with the whole model.
+
+    The mean stays in place, as compensation will leave it: what is measured is the loss of what a
+    sub-block says about *this* token, not of a constant that costs nothing to keep.
+
+    Args:
+        model: The language model, on the device where it shall run. It is left as it was.
+        rows: The calibration text; its calibrate side is used.
+        means: Mean input of every output projection, by ``(layer, kind)``, ``[width]``.
+        max_tokens: Tokens used, at most (but at least one batch). About half a forward and one
+            head for each sub-block.
+        batch_tokens: Tokens of one forward.
+        progress: Show a bar (only on a terminal).
+
+    Returns:
+        For each sub-block, ``[3]``, float64: KL divergence of the next-token distribution from the
+        whole model's (nats per token), increase of the negative log-likelihood (nats per token),
+        mean squared Euclidean norm of the change of the final hidden state.
+    """
+    parts = DecoderParts(model)
+    device = next(model.parameters()).device
+    totals = {place: torch.zeros(len(SENSITIVITIES), dtype=torch.float64) for place in means}
+    constants = {}
+    for (layer, kind), mean in means.items():
+        linear = parts.output(layer, kind)
+        constant = linear.weight.detach().double() @ mean.to(linear.weight.device)
+        if linear.bias is not None:
+            constant += linear.bias.detach().double()
+        constants[layer, kind] = constant.to(linear.weight.dtype)
+    # float64 tallies of tokens and of tokens that have a successor
+    seen, scored = 0, 0
+    batches = []
+    for batch in rows.batches("calibrate", batch_tokens):
+        batches.append(batch)
+        seen += int(batch.attention_mask.sum())
+        if seen >= max_tokens:
+            break
+    bar = tqdm(
+        total=len(batches) * len(means),
+        desc="Measuring sensitivities",
+        unit="forward",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with quiet(model), bar:
+        for batch in batches:
+            mask = batch.attention_mask.to(device)
+            follows = mask[:, 1:]  # padding is on the right: a real token has real ones before it
+            labels = batch.input_ids.to(device)[:, 1:][follows]
+            scored += int(follows.sum())
+            run = RecordedRun(parts, batch.model_inputs(device))
+            dense = parts.final_norm(run.output)
+            for (layer, kind), constant in constants.items():
+                hidden = parts.final_norm(run.without(Unit(layer, kind), constant))
+                found = _compare(parts, dense[:, :-1][follows], hidden[:, :-1][follows], labels)
+                change = (hidden - dense)[mask].double().square().sum()
+                totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)
+                bar.update()
+    counts = torch.tensor([max(scored, 1), max(scored, 1), max(seen, 1)], dtype=torch.float64)
+    return {place: total / counts for place, total in totals.items()}
+
+
+def _compare(
+    parts: DecoderParts, dense: Tensor, hidden: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    """Return the sums over tokens of the KL divergence and of the increase of the NLL."""
+    head = parts.model.get_output_embeddings()
+    kl = nll = 0.0
+    for chunk in torch.arange(len(labels), device=labels.device).split(_LOGIT_TOKENS):
+        one = head(dense[chunk]).float().log_softmax(-1)
+        other = head(hidden[chunk]).float().log_softmax(-1)
+        kl += float((one.exp() * (one - other)).sum(-1).double().sum())
+        difference = (one - other).gather(-1, labels[chunk].unsqueeze(-1))
+        nll += float(difference.double().sum())
+    return kl, nll

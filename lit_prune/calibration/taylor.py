@@ -1,0 +1,114 @@
+"""Gradient scores of units: what a first- or second-order Taylor expansion says their loss costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration.rows import RowSet
+
+# Columns of what `measure_taylor` returns. "vector" adds the terms of a row (or column) of a weight
+# with their signs before it takes the magnitude (coarse), "element" adds magnitudes (fine).
+# The terms: g * w (first order), or g * w - w ** 2 * h / 2, h = E[g ** 2] over samples (mixed, the
+# diagonal Fisher information in place of the Hessian).
+TAYLOR_SCORES = ("vector_first", "element_first", "vector_mixed", "element_mixed")
+
+
+def measure_taylor(
+    model: PreTrainedModel, rows: RowSet, *, max_samples: int = 10, progress: bool = False
+) -> dict[SubBlock, Tensor]:
+    """Score every KV group and channel by the Taylor expansion of the loss in its weights.
+
+    A unit's weights are its rows of q, k, v (or gate, up) and its columns of o (or down), and the
+    biases of those rows.
+
+    Args:
+        model: The language model, on the device where it shall run, in a dtype that can be
+            differentiated. It is left as it was; its gradients too.
+        rows: The calibration text. Samples are taken from the calibrate side in canonical order.
+        max_samples: Samples used, at most; one forward and backward each.
+        progress: Show a bar (only on a terminal).
+
+    Returns:
+        `TAYLOR_SCORES` of every unit, by ``(layer, kind)``, ``[units, 4]``, float64.
+
+    Raises:
+        CalibrationError: If no sample has two tokens, a gradient is not finite, or memory runs out.
+
+    References:
+        Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023,
+        Eqs. 3-5, and its code for "vectorize", "param_first" and "param_mix". Gradients are of the
+        mean loss of a sample; we average over samples where its code adds.
+    """
+    parts, spec = DecoderParts(model), spec_for(model)
+    device = next(model.parameters()).device
+    samples = [row.ids for row in rows.side("calibrate") if len(row.ids) > 1][:max_samples]
+    if not samples:
+        raise CalibrationError("no sample with two tokens to take gradients on.")
+    # in ascending order of layers; one list for each sub-block: inputs, then output
+    weights: dict[SubBlock, list[nn.Parameter]] = {}
+    for layer in range(len(parts.layers)):
+        for kind in KINDS:
+            if parts.exists(layer, kind):
+                inputs = [p for linear in parts.inputs(layer, kind) for p in linear.parameters()]
+                weights[layer, kind] = [*inputs, parts.output(layer, kind).weight]
+    flat = [parameter for group in weights.values() for parameter in group]
+    first = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
+    second = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
+    frozen = [p for p in flat if not p.requires_grad]
+    bar = tqdm(samples, desc="Taylor scores", leave=False, disable=None if progress else True)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with quiet(model), torch.inference_mode(False), torch.enable_grad():
+            for number, ids in enumerate(bar):
+                row = ids.to(device).clone().unsqueeze(0)
+                loss = model(input_ids=row, labels=row, use_cache=False).loss
+                for i, gradient in enumerate(torch.autograd.grad(loss, flat)):
+                    if not bool(torch.isfinite(gradient).all()):
+                        raise CalibrationError(
+                            f"gradient of a weight {list(flat[i].shape)} is not finite on sample "
+                            f"{number}: look at the weights, or load the model in float32."
+                        )
+                    first[i] += gradient.float() / len(samples)
+                    second[i] += gradient.float().square() / len(samples)
+    except torch.OutOfMemoryError as error:
+        raise CalibrationError(
+            f"out of memory while taking gradients: {error}. This preset holds two float32 copies "
+            "of the decoder and a whole backward pass; use another, or shorter samples. The model "
+            "is unchanged."
+        ) from error
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    found: dict[SubBlock, Tensor] = {}
+    here = iter(zip(flat, first, second, strict=True))
+    units = {(index, part.kind): part.num_units for index, part in spec.sub_blocks}
+    for place, group in weights.items():
+        sums = torch.zeros(units[place], len(TAYLOR_SCORES), dtype=torch.float64, device=device)
+        for _ in group[:-1]:
+            sums += _reduced(*next(here), units[place], by_rows=True)
+        sums += _reduced(*next(here), units[place], by_rows=False)
+        found[place] = sums.cpu()
+    return found
+
+
+def _reduced(weight: Tensor, first: Tensor, second: Tensor, units: int, *, by_rows: bool) -> Tensor:
+    """Return the four scores that one weight adds to each unit, ``[units, 4]``."""
+    w = weight.detach().float()
+    linear = first * w
+    columns = []
+    for terms in (linear, linear - 0.5 * w.square() * second):
+        lines = terms.reshape(len(terms), -1) if by_rows else terms.T  # a bias has one a row
+        columns += [lines.sum(1).abs(), lines.abs().sum(1)]
+    scores = torch.stack(columns, 1).double()
+    return scores.reshape(units, -1, len(TAYLOR_SCORES)).sum(1)

@@ -1,0 +1,277 @@
+"""From text to a plan: measure what the preset needs, decide, compensate. Nothing is changed yet."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lit_prune.allocation import make_budget
+from lit_prune.calibration import (
+    Calibration,
+    bypass_units,
+    measure_residuals,
+    measure_sensitivities,
+    measure_taylor,
+    replay,
+)
+from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.errors import CalibrationError, PlanMismatchError
+from lit_prune.importance import damage_curve, damped
+from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
+from lit_prune.metrics import perplexity_of
+from lit_prune.surgery import (
+    Compensation,
+    least_squares_compensation,
+    masked,
+    mean_compensation,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.allocation import Budget
+    from lit_prune.calibration import Replayed, RowSet, Side, Unit
+    from lit_prune.config import PruningConfig
+    from lit_prune.methods import Kept
+    from lit_prune.plan import PruningPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan with everything that it rests on; nothing has been changed yet.
+
+    Attributes:
+        plan: What stays.
+        compensation: What stands in for what goes; None without compensation.
+        scores: Unit entropies and transfer entropies, whatever the preset decided by.
+        budget: The request against the model.
+    """
+
+    plan: PruningPlan
+    compensation: Compensation | None
+    scores: Scores
+    budget: Budget
+
+
+def calibrate(
+    model: PreTrainedModel,
+    rows: RowSet,
+    config: PruningConfig,
+    *,
+    units: dict[SubBlock, tuple[Tensor, Tensor]] | None = None,
+    notes: Sequence[str] = (),
+    progress: bool = True,
+) -> Calibration:
+    """Measure what the method needs, by replaying the rows where it needs more than ``units``.
+
+    Args:
+        model: The model in its final, dense state.
+        rows: The text.
+        config: The request.
+        units: Moments that were observed in the validation loop on exactly these weights. They are
+            used where nothing else is needed; a replay measures them anew in its own first forward,
+            at no extra cost and independent of order and padding.
+        notes: What the report should say about the text.
+        progress: Show a bar.
+
+    Raises:
+        CalibrationError: If there is too little text, or an activation is not finite.
+    """
+    config = preset(config.preset).resolve(config)
+    needs = preset(config.preset).all_needs(config)
+    fingerprint = spec_for(model).fingerprint
+    calibration = Calibration(fingerprint, rows, units or {}, notes=tuple(notes))
+    calibration.require(config.min_calibration_tokens)
+    if units is not None and not needs and rows.split:
+        return calibration
+    replayed = replay(
+        model,
+        rows,
+        needed_bypasses(model, config),
+        target=config.transfer_target,
+        joint=config.estimator == "logdet",
+        covariances=needs.covariances or needs.curves,
+        max_tokens=config.replay_batch_tokens,
+        progress=progress,
+    )
+    calibration = calibration.with_replay(replayed)
+    if needs.covariances or needs.curves:
+        held_out = replay(
+            model,
+            rows,
+            covariances=True,
+            side="choose",
+            max_tokens=config.replay_batch_tokens,
+            progress=progress,
+        )
+        calibration = replace(calibration, held_out=_about(held_out, replayed))
+    if needs.curves:
+        calibration = replace(calibration, curves=damage_curves(model, calibration, config))
+    if needs.sensitivities:
+        sensitivities = measure_sensitivities(
+            model,
+            rows,
+            {place: mean for place, (mean, _) in replayed.units.items()},
+            max_tokens=config.sensitivity_tokens,
+            batch_tokens=config.replay_batch_tokens,
+            progress=progress,
+        )
+        calibration = replace(calibration, sensitivities=sensitivities)
+    if needs.residuals:
+        similarities, inputs = measure_residuals(
+            model, rows, batch_tokens=config.replay_batch_tokens
+        )
+        calibration = replace(calibration, similarities=similarities, inputs=inputs)
+    if needs.taylor:
+        calibration = replace(calibration, taylor=measure_taylor(model, rows, progress=progress))
+    return calibration
+
+
+def damage_curves(
+    model: PreTrainedModel, calibration: Calibration, config: PruningConfig
+) -> dict[SubBlock, Tensor]:
+    """Return order and damage of every sub-block, as `Calibration.curves` keeps them."""
+    spec, parts = spec_for(model), DecoderParts(model)
+    curves: dict[SubBlock, Tensor] = {}
+    for index, part in spec.sub_blocks:
+        place: SubBlock = (index, part.kind)
+        weight = parts.output(*place).weight.detach()
+        covariance = (calibration.covariances or {})[place].to(weight.device)
+        curve = damage_curve(damped(covariance, config.damping), weight, part.unit_width)
+        leaves = torch.cat([curve.order.new_full((1,), -1), curve.order])
+        curves[place] = torch.stack([leaves.double(), curve.damage], 1).cpu()
+    return curves
+
+
+def _about(other: Replayed, calibrated: Replayed) -> dict[SubBlock, Tensor]:
+    """Return second moments of one text about the means of another."""
+    moments = {}
+    for place, covariance in other.covariances.items():
+        shift = other.units[place][0] - calibrated.units[place][0]
+        moments[place] = covariance + torch.outer(shift, shift)
+    return moments
+
+
+def needed_bypasses(model: PreTrainedModel, config: PruningConfig) -> tuple[Unit, ...]:
+    """Return the units whose transfer entropy the request needs: none for fixed ratios."""
+    method = preset(config.preset)
+    wanted = method.all_needs(method.resolve(config)).bypasses
+    return tuple(unit for unit in bypass_units(DecoderParts(model)) if unit.kind in wanted)
+
+
+def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> Planned:
+    """Plan from a calibration.
+
+    The model is only read (and judged on text by the methods that search by real losses).
+
+    Raises:
+        PlanMismatchError: If the calibration belongs to another architecture.
+        BudgetError: If the ratio cannot be met.
+    """
+    method = preset(config.preset)
+    config = method.resolve(config)
+    spec = spec_for(model)
+    _check_calibration(model, calibration, config)
+    budget = make_budget(spec, config)
+
+    def compensation_of(plan: PruningPlan) -> Compensation | None:
+        if config.compensation == "none":
+            return None
+        if config.compensation == "mean":
+            return mean_compensation(
+                model, plan, calibration.units, removed_mean=config.removed_mean
+            )
+        return least_squares_compensation(
+            model,
+            plan,
+            calibration.units,
+            calibration.covariances or {},
+            calibration.held_out,
+            damping=config.damping,
+            removed_mean=config.removed_mean,
+        )
+
+    def judge(kept: Kept, side: Side) -> float:
+        plan = plan_of(spec, kept)
+        with quiet(model), masked(model, plan, compensation_of(plan)):
+            batches = calibration.rows.batches(side, config.replay_batch_tokens)
+            return perplexity_of(model, batches).mean_nll
+
+    decision = method.decide(
+        Case(model=model, calibration=calibration, budget=budget, judge=judge)
+    )
+    plan = plan_of(spec, decision.kept)
+    compensation = compensation_of(plan)
+    provenance = {
+        "config": config.to_dict(),
+        "source": method.source,
+        "deviations": list(method.deviations),
+        "channel_multiple": budget.channel_multiple,
+        "achieved_ratio": budget.removed(decision.counts) / spec.decoder_parameters,
+        "method": decision.trace,
+        "compensation": list(compensation.notes) if compensation else [],
+        "calibration": calibration.describe(),
+        "versions": versions(),
+    }
+    scores = entropy_scores(spec, calibration, config)
+    return Planned(replace(plan, provenance=provenance), compensation, scores, budget)
+
+
+def _check_calibration(
+    model: PreTrainedModel, calibration: Calibration, config: PruningConfig
+) -> None:
+    """Refuse a calibration of another model, or one that lacks what the request needs."""
+    fingerprint = spec_for(model).fingerprint
+    if calibration.model_fingerprint != fingerprint:
+        raise PlanMismatchError(
+            "calibration was made for a model with fingerprint "
+            f"{calibration.model_fingerprint[:12]}…, this one has {fingerprint[:12]}…. "
+            "Calibrate this model."
+        )
+    needed = set(needed_bypasses(model, config))
+    joint = calibration.full is not None and calibration.full.ndim == 2
+    if needed and (
+        calibration.target != config.transfer_target or (config.estimator == "logdet" and not joint)
+    ):
+        raise CalibrationError(
+            f"calibration was measured for transfer_target {calibration.target!r} with "
+            f"{'covariances' if joint else 'variances'}; estimator {config.estimator!r} at "
+            f"{config.transfer_target!r} needs its own. Calibrate again with these options."
+        )
+    if missing := sorted(needed - set(calibration.bypassed or {})):
+        raise CalibrationError(
+            f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of "
+            f"{len(needed)} missing): it was made for another request. Calibrate again with these "
+            "options, or use allocator='uniform'."
+        )
+    if lacking := calibration.lacks(preset(config.preset).all_needs(config)):
+        raise CalibrationError(
+            f"calibration has no {' and no '.join(lacking)}, which preset {config.preset!r} with "
+            f"compensation {config.compensation!r} needs: it was made for another request. "
+            "Calibrate again with these options."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number depends on."""
+    found = {"python": platform.python_version()}
+    for package in (
+        "lit-prune",
+        "torch",
+        "transformers",
+        "lightning",
+        "torchmetrics",
+        "scikit-learn",
+    ):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

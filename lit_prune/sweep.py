@@ -1,0 +1,93 @@
+"""Many budgets from one calibration: what each would remove, and what it is predicted to cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lit_prune.config import PruningConfig
+from lit_prune.decoder import quiet
+from lit_prune.errors import BudgetError
+from lit_prune.methods import preset
+from lit_prune.metrics import perplexity_of
+from lit_prune.planning import make_plan
+from lit_prune.surgery import masked
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration import Calibration
+    from lit_prune.plan import PruningPlan
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One budget.
+
+    Attributes:
+        requested: Fraction of decoder parameters asked for.
+        achieved: Fraction that the plan removes; None where the ratio cannot be reached.
+        plan: What stays; None where the ratio cannot be reached.
+        predicted_damage: What the search expects the plan to cost, in the unit of the request's
+            sensitivity (nats per token under ``kl``); None for presets that predict nothing.
+        mean_nll: Measured on the choose side, nats per token; None unless asked for.
+        note: Why there is no plan.
+    """
+
+    requested: float
+    achieved: float | None = None
+    plan: PruningPlan | None = None
+    predicted_damage: float | None = None
+    mean_nll: float | None = None
+    note: str = ""
+
+
+def sweep(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    ratios: Sequence[float],
+    *,
+    measured: bool = False,
+    **options: Any,
+) -> tuple[SweepPoint, ...]:
+    """Plan for several ratios; the model is only read.
+
+    Args:
+        model: The dense model that ``calibration`` was made on.
+        calibration: Statistics, from ``prune(...).calibration`` or `Calibration.load`.
+        ratios: Fractions of decoder parameters to remove.
+        measured: Also measure each plan on the choose side, by masking the dense model: one pass
+            over that text for each ratio. Without it no forward pass is made by presets that score
+            once.
+        **options: The other fields of `PruningConfig`.
+
+    Raises:
+        CalibrationError: If the calibration lacks what the preset needs.
+
+    Example::
+
+        points = sweep(model, result.calibration, [0.1, 0.2, 0.3, 0.4], preset="conditional")
+    """
+    points = []
+    for ratio in ratios:
+        config = PruningConfig.from_options({**options, "pruning_ratio": ratio})
+        config = preset(config.preset).resolve(config)
+        try:
+            planned = make_plan(model, calibration, config)
+        except BudgetError as error:
+            points.append(SweepPoint(ratio, note=str(error)))
+            continue
+        point = SweepPoint(
+            ratio,
+            planned.plan.provenance["achieved_ratio"],
+            planned.plan,
+            planned.plan.provenance["method"].get("predicted_damage"),
+        )
+        if measured:
+            with quiet(model), masked(model, planned.plan, planned.compensation):
+                batches = calibration.rows.batches("choose", config.replay_batch_tokens)
+                point = replace(point, mean_nll=perplexity_of(model, batches).mean_nll)
+        points.append(point)
+    return tuple(points)
