@@ -273,6 +273,7 @@ class EntropyPruningCallback(Callback):
                 report=self.report_,
                 entropies=scores.units,
                 transfer={(unit.layer, unit.kind): te for unit, te in scores.transfer.items()},
+                damage=planned.damage,
                 step=trainer.global_step,
             )
 

@@ -21,14 +21,16 @@ RATIO_TOLERANCE = 0.005
 class PruningConfig:
     """What to prune and how. Every field is JSON-able; an unknown one is refused.
 
-    The choices under "method" are those that the ICML 2025 paper's published text leaves open; the
-    defaults are our reconstruction, and each value is recorded in the plan.
+    The fields marked "Method" are read by some presets only (most are what the ICML 2025 paper's
+    published text leaves open; defaults are our reconstruction). One that the preset does not read
+    is refused. Each value is recorded in the plan.
 
     Attributes:
         pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1). Embeddings and
             head do not count.
-        preset: Method: ``paper`` is our reconstruction of Yang et al., ICML 2025; the others are the
-            keys of `lit_prune.methods.PRESETS`.
+        preset: Which method. ``conditional`` is ours; ``paper`` our reconstruction of Yang et al.,
+            ICML 2025; the rivals that both are compared with are the other keys of
+            `lit_prune.methods.PRESETS`.
         allocator: How the budget is distributed; None: as the preset's paper does. ``depth_first``
             (the search of ``paper``), ``greedy`` in its place; ``uniform``: the same number of
             units from every layer, no block removed; ``global``: the lowest-scored units of all
@@ -75,6 +77,9 @@ class PruningConfig:
         search_tolerance: Method. Fraction of the decoder parameters that the search may leave to
             single channels.
         node_limit: Nodes that the depth-first search may visit.
+        unit_score: Method. In which order units leave under ``conditional``: by ``conditional``
+            entropy, marginal ``entropy``, ``fluctuation`` (FLAP's) or at ``random``; all but the
+            first are controls.
         sensitivity: Method. What weighs the damage curves of ``conditional``: the ``kl`` to the dense
             model, increase of ``nll``, ``frobenius`` norm of the change of the final hidden state,
             ``transfer_entropy`` of each whole sub-block, or ``none``.
@@ -86,7 +91,8 @@ class PruningConfig:
             the paper).
         min_calibration_tokens: Refuse to calibrate on fewer real tokens.
         replay_batch_tokens: Tokens of one replayed forward: lower it when memory is short.
-        sensitivity_tokens: Tokens on which sensitivities are measured, at most.
+        search_tokens: Tokens on which sensitivities are measured, and drafts of methods that search
+            by real losses, at most.
         latency_prompt_tokens: Prompt of the latency measurement; 0 skips it.
         latency_new_tokens: Tokens decoded in it.
         latency_batch_size: Prompts decoded at once.
@@ -100,7 +106,7 @@ class PruningConfig:
     """
 
     pruning_ratio: float
-    preset: str = "paper"
+    preset: str = "conditional"
     allocator: (
         Literal["depth_first", "greedy", "uniform", "global", "joint", "uniform_widths"] | None
     ) = None
@@ -126,6 +132,7 @@ class PruningConfig:
     removed_mean: Literal["add", "drop"] = "add"
     search_tolerance: float = 0.0015
     node_limit: int = 1_000_000
+    unit_score: Literal["conditional", "entropy", "fluctuation", "random"] = "conditional"
     sensitivity: Literal["kl", "nll", "frobenius", "transfer_entropy", "none"] = "kl"
     damping: float = 0.01
     seed: int = 0
@@ -133,7 +140,7 @@ class PruningConfig:
     max_calibration_tokens: int = 262_144
     min_calibration_tokens: int = 128
     replay_batch_tokens: int = 8192
-    sensitivity_tokens: int = 16_384
+    search_tokens: int = 16_384
     latency_prompt_tokens: int = 128
     latency_new_tokens: int = 16
     latency_batch_size: int = 1

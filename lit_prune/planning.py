@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from lit_prune.allocation import make_budget
 from lit_prune.calibration import (
     Calibration,
     bypass_units,
+    first_tokens,
     measure_residuals,
     measure_sensitivities,
     measure_taylor,
@@ -21,7 +22,7 @@ from lit_prune.calibration import (
 )
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError
-from lit_prune.importance import damage_curve, damped
+from lit_prune.importance import damage_curve, damped, order_damage
 from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
 from lit_prune.metrics import perplexity_of
 from lit_prune.surgery import (
@@ -52,12 +53,14 @@ class Planned:
         compensation: What stands in for what goes; None without compensation.
         scores: Unit entropies and transfer entropies, whatever the preset decided by.
         budget: The request against the model.
+        damage: Predicted damage of each sub-block's removals, where the preset predicts it.
     """
 
     plan: PruningPlan
     compensation: Compensation | None
     scores: Scores
     budget: Budget
+    damage: dict[SubBlock, Tensor] = field(default_factory=dict)
 
 
 def calibrate(
@@ -119,7 +122,7 @@ def calibrate(
             model,
             rows,
             {place: mean for place, (mean, _) in replayed.units.items()},
-            max_tokens=config.sensitivity_tokens,
+            max_tokens=config.search_tokens,
             batch_tokens=config.replay_batch_tokens,
             progress=progress,
         )
@@ -143,10 +146,11 @@ def damage_curves(
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
         weight = parts.output(*place).weight.detach()
-        covariance = (calibration.covariances or {})[place].to(weight.device)
-        curve = damage_curve(damped(covariance, config.damping), weight, part.unit_width)
+        covariance = damped((calibration.covariances or {})[place].to(weight.device), config.damping)
+        curve = damage_curve(covariance, weight, part.unit_width)
+        _, alone = order_damage(covariance, weight, curve.order, part.unit_width)
         leaves = torch.cat([curve.order.new_full((1,), -1), curve.order])
-        curves[place] = torch.stack([leaves.double(), curve.damage], 1).cpu()
+        curves[place] = torch.stack([leaves.double(), curve.damage, alone], 1).cpu()
     return curves
 
 
@@ -202,6 +206,8 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
         plan = plan_of(spec, kept)
         with quiet(model), masked(model, plan, compensation_of(plan)):
             batches = calibration.rows.batches(side, config.replay_batch_tokens)
+            if side == "calibrate":  # hundreds of drafts are judged there
+                batches = first_tokens(batches, config.search_tokens)
             return perplexity_of(model, batches).mean_nll
 
     decision = method.decide(
@@ -216,12 +222,19 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
         "channel_multiple": budget.channel_multiple,
         "achieved_ratio": budget.removed(decision.counts) / spec.decoder_parameters,
         "method": decision.trace,
-        "compensation": list(compensation.notes) if compensation else [],
+        "compensation": _describe(compensation),
         "calibration": calibration.describe(),
         "versions": versions(),
     }
     scores = entropy_scores(spec, calibration, config)
-    return Planned(replace(plan, provenance=provenance), compensation, scores, budget)
+    plan = replace(plan, provenance=provenance)
+    return Planned(plan, compensation, scores, budget, decision.damage)
+
+
+def _describe(compensation: Compensation | None) -> dict[str, Any]:
+    if compensation is None:
+        return {"notes": []}
+    return {"notes": list(compensation.notes), "sub_blocks": compensation.facts}
 
 
 def _check_calibration(

@@ -156,7 +156,7 @@ def make_report(
             *calibration.notes,
             *few,
             *fallback,
-            *planned.plan.provenance["compensation"],
+            *planned.plan.provenance["compensation"]["notes"],
             *warnings,
         ),
         versions=versions(),

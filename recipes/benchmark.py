@@ -163,7 +163,7 @@ def bypass(name: str, model: PreTrainedModel, rows: Tensor, batch: int, n: int) 
 
 def surgery(name: str, model: PreTrainedModel, rows: Tensor, n: int) -> list[Result]:
     """Time applying a plan, and loading the dense model from disk (from the page cache)."""
-    config = PruningConfig(pruning_ratio=0.3, allocator="uniform")
+    config = PruningConfig(pruning_ratio=0.3, preset="paper", allocator="uniform")
     text = RowSet(tuple(Row.of(row) for row in rows), split=False)
     planned = make_plan(model, calibrate(model, text, config, progress=False), config)
     dtype = next(model.parameters()).dtype

@@ -39,10 +39,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lit_prune import prune
+from lit_prune import PruningConfig, apply_plan
+from lit_prune.calibration import RowSet, collect_rows
 from lit_prune.errors import BudgetError, LitPruneError
-from lit_prune.methods import PRESETS
+from lit_prune.methods import PRESETS, preset
 from lit_prune.metrics import footprint_of, perplexity_of
+from lit_prune.planning import calibrate, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 # Controls that must not go missing: channels only, uniform, with FLAP's score.
@@ -100,13 +102,19 @@ def scored_windows(text: Dataset, tokenizer: Any, context: int, most: int) -> Do
 
 def score(model: PreTrainedModel, text: Documents) -> tuple[list[float], list[int]]:
     """Return summed NLL (nats) and scored tokens of each document."""
-    nll, tokens = np.zeros(max(text.owner) + 1), np.zeros(max(text.owner) + 1, dtype=int)
+    documents: dict[int, dict[int, list[torch.Tensor]]] = {}
     for owner, window in zip(text.owner, text.windows, strict=True):
-        result = perplexity_of(model, [{"input_ids": window.unsqueeze(0)}])
-        nll[owner] += result.mean_nll * result.num_tokens
-        tokens[owner] += result.num_tokens
-    there = tokens > 0
-    return nll[there].tolist(), tokens[there].tolist()
+        documents.setdefault(owner, {}).setdefault(len(window), []).append(window)
+    device = next(model.parameters()).device
+    results = []
+    for by_length in documents.values():
+        batches = [
+            {"input_ids": torch.stack(windows[start : start + 8]).to(device)}
+            for windows in by_length.values()
+            for start in range(0, len(windows), 8)
+        ]
+        results.append(perplexity_of(model, batches))
+    return [r.mean_nll * r.num_tokens for r in results], [r.num_tokens for r in results]
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -120,7 +128,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _json_or_text(text: str) -> Any:  # noqa: ANN401 - what JSON holds
+def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
@@ -133,10 +141,11 @@ class Harness:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=getattr(torch, options.dtype)
-        ).to(options.device)
-        train, test = documents_of(options.train, "train"), documents_of(options.test, "score")
+        dtype = getattr(torch, options.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        self.model.to(options.device)
+        train = documents_of(options.train, "train")
+        test = documents_of(options.test, options.split)
         self.train = pack(train, self.tokenizer, options.context).with_format("torch")
         self.text = scored_windows(test, self.tokenizer, options.context, options.score_tokens)
         self.conditions = {
@@ -145,7 +154,7 @@ class Harness:
             "calibration_rows": options.rows,
             "scored_tokens": self.text.num_tokens,
             "scored_documents": len(set(self.text.owner)),
-            "test": options.test and [file.name for file in options.test],
+            "test": [file.name for file in options.test] if options.test else options.split,
             "dtype": options.dtype,
         }
         self.cells: dict[str, dict[str, Any]] = {}
@@ -183,19 +192,21 @@ class Harness:
                 calibration, seconds = None, 0.0
                 for ratio in wanted:
                     name, extra = parse_method(method)
-                    asked = {"preset": name, "latency_prompt_tokens": 0, "seed": seed, **extra}
+                    config = PruningConfig(
+                        preset=name, pruning_ratio=ratio, **{"seed": seed, **extra}
+                    )
+                    config = preset(name).resolve(config)
                     try:
                         if calibration is None:
                             started = time.perf_counter()
-                            calibration = self.calibrate(seed, {**asked, "pruning_ratio": ratio})
+                            calibration = calibrate(self.model, self.rows(seed), config)
                             seconds = time.perf_counter() - started
                         pruned = copy.deepcopy(self.model)
                         started = time.perf_counter()
-                        result = prune(
-                            pruned, calibration=calibration, pruning_ratio=ratio, **asked
-                        )
+                        planned = make_plan(pruned, calibration, config)
+                        apply_plan(pruned, planned.plan, planned.compensation)
                         spent = time.perf_counter() - started
-                        achieved = result.report.achieved_ratio
+                        achieved = planned.plan.provenance["achieved_ratio"]
                         cell = self.measure(pruned, achieved, seconds, spent)
                     except BudgetError as error:
                         cell = {"not_reached": str(error)}
@@ -205,10 +216,10 @@ class Harness:
                     self.store()
                     print(f"{method} {ratio:g} seed {seed}: {self.words(cell)}", flush=True)
 
-    def calibrate(self, seed: int, asked: dict[str, Any]) -> Any:  # noqa: ANN401 - a Calibration
-        rows = self.train.shuffle(seed=seed).select(range(self.options.rows))
-        loader = DataLoader(rows, batch_size=8)
-        return prune(self.model, loader, dry_run=True, **asked).calibration
+    def rows(self, seed: int) -> RowSet:
+        chosen = self.train.shuffle(seed=seed).select(range(self.options.rows))
+        rows, _ = collect_rows(self.model, DataLoader(chosen, batch_size=8), 2**40)
+        return rows
 
     def measure(
         self, model: PreTrainedModel, achieved: float, calibrated: float, planned: float
@@ -343,26 +354,29 @@ def figure(harness: Harness, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(words: str, methods: list[str], split: str, out: str) -> argparse.Namespace:
+    """Read the command line; `ablation.py` has the same with other defaults."""
+    parser = argparse.ArgumentParser(description=words)
     parser.add_argument("--model", default=ROOT / "checkpoints" / "python-4.8m")
-    parser.add_argument("--methods", nargs="+", default=[*PRESETS, *CONTROLS])
+    parser.add_argument("--methods", nargs="+", default=methods)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="calibration sets")
     parser.add_argument("--train", type=Path, nargs="+", help="text files to calibrate on")
     parser.add_argument("--test", type=Path, nargs="+", help="text files to score, a document each")
+    parser.add_argument("--split", default=split, choices=["choose", "score"], help="without --test")
     parser.add_argument("--rows", type=int, default=128, help="windows of calibration text")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--score-tokens", type=int, default=60_000, help="at most")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "compare.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / out)
     return parser.parse_args()
 
 
-def main() -> None:
+def main(words: str, methods: list[str], split: str, out: str) -> None:
+    """Fill in all cells, then show them."""
     quiet_down()
-    harness = Harness(parse_arguments())
+    harness = Harness(parse_arguments(words, methods, split, out))
     harness.run()
     harness.store()
     print("\n" + table(harness) + "\n\n" + duels(harness))
@@ -371,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], [*PRESETS, *CONTROLS], "score", "compare.json")

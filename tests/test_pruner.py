@@ -26,7 +26,7 @@ from tests.models import CONFIGS, batches_of, padded_batch, tiny_model, tiny_row
 from tests.state import counted_forwards, recount, unchanged
 
 ROWS = tiny_rows(30, 20)
-FAST = {"latency_prompt_tokens": 0, "progress": False, "clustering": "exact"}
+FAST = {"latency_prompt_tokens": 0, "progress": False}
 
 
 def run(model, ratio=0.3, rows=ROWS, **options):
@@ -120,9 +120,19 @@ ODD = [
     {"granularities": ("channel",)},
     {"granularities": ("block", "kv_group")},
     {"granularities": ("sub_block", "channel")},
-    {"allocator": "uniform"},
-    {"allocator": "greedy", "stage_order": "coarse_first", "exact_hit": "cluster"},
-    {"estimator": "logdet"},
+    {"allocator": "uniform_widths"},
+    {"preset": "paper", "clustering": "exact"},
+    {"preset": "paper", "clustering": "exact", "granularities": ("sub_block", "channel")},
+    {"preset": "paper", "clustering": "exact", "granularities": ("block", "kv_group")},
+    {"preset": "paper", "allocator": "uniform"},
+    {
+        "preset": "paper",
+        "allocator": "greedy",
+        "clustering": "exact",
+        "stage_order": "coarse_first",
+        "exact_hit": "cluster",
+    },
+    {"preset": "paper", "clustering": "exact", "estimator": "logdet"},
 ]
 
 
@@ -205,34 +215,38 @@ def test_law_5_order_batches_padding_repeats_and_threads_do_not_change_the_plan(
     assert len(set(digests.values())) == 1, digests
 
 
-def test_a_saved_calibration_plans_alike_without_a_forward(tmp_path):
+@pytest.mark.parametrize("preset", ["conditional", "paper"])
+def test_a_saved_calibration_plans_alike_without_a_forward(tmp_path, preset):
     model = tiny_model(layers=5)
-    wanted = run(model, dry_run=True)
+    wanted = run(model, dry_run=True, preset=preset)
     wanted.calibration.save(tmp_path / "calibration.safetensors")
     loaded = Calibration.load(tmp_path / "calibration.safetensors")
     with counted_forwards(model) as forwards:
         for ratio, digest in ((0.3, wanted.plan.digest), (0.5, None)):
-            config = PruningConfig(pruning_ratio=ratio, clustering="exact")
+            config = PruningConfig(pruning_ratio=ratio, preset=preset)
             planned = pruner.make_plan(model, loaded, config)
             assert digest in (None, planned.plan.digest)
         assert forwards == []
-    result = prune(model, calibration=loaded, pruning_ratio=0.3, **FAST)
+    result = prune(model, calibration=loaded, pruning_ratio=0.3, preset=preset, **FAST)
     assert result.plan == wanted.plan
 
 
 def test_a_calibration_for_another_request_or_model_is_refused():
     model = tiny_model()
-    calibration = run(model, dry_run=True, allocator="uniform").calibration
+    paper = {**FAST, "preset": "paper"}
+    calibration = run(model, dry_run=True, preset="paper", allocator="uniform").calibration
     with pytest.raises(CalibrationError, match=r"no transfer entropy of layer 0 .*for another"):
+        prune(model, calibration=calibration, pruning_ratio=0.3, **paper)
+    with pytest.raises(CalibrationError, match="no covariances and no curves .*'conditional'"):
         prune(model, calibration=calibration, pruning_ratio=0.3, **FAST)
-    whole = run(model, dry_run=True).calibration
+    whole = run(model, dry_run=True, preset="paper").calibration
     with unchanged(model):
         for options in ({"transfer_target": "before_norm"}, {"estimator": "logdet"}):
             with pytest.raises(CalibrationError, match="measured for transfer_target 'after_no"):
-                prune(model, calibration=whole, pruning_ratio=0.3, **FAST, **options)
+                prune(model, calibration=whole, pruning_ratio=0.3, **paper, **options)
     other = tiny_model(intermediate_size=40)
     with pytest.raises(PlanMismatchError, match="calibration was made for a model with fingerprin"):
-        prune(other, calibration=whole, pruning_ratio=0.3, **FAST)
+        prune(other, calibration=whole, pruning_ratio=0.3, **paper)
 
 
 # ---- life after pruning ----
@@ -473,6 +487,7 @@ def test_f24_the_node_limit_appears_in_the_report():
     for seed in range(4):
         model = tiny_model(layers=8, kv_heads=4, seed=seed)
         options = {"granularities": ("block", "sub_block", "kv_group"), "node_limit": 1}
+        options["preset"] = "paper" if seed % 2 else "conditional"
         report = run(model, 0.3, dry_run=True, **options).report
         limited = [s for s in report.search["searches"] if not s["optimal"]]
         notes = [note for note in report.warnings if "stopped at its node limit" in note]

@@ -23,7 +23,8 @@ def alike_choice(
 
     Every pair of widths is tried with every number of removed blocks; for one pair, the blocks that
     go are those whose removal adds least. That is exact where all layers are of one size, as they
-    are in a model that was not pruned before.
+    are in a model that was not pruned before (up to the biases of compensation: which blocks go may
+    decide where one is needed).
 
     Args:
         budget: Target and allowed counts.

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 # Costs nearer than this (relative) are ties.
 _TIE = 1e-9
-# The first round only looks for a selection: nodes, and additions spent on its tables.
-_FIRST_NODES, _FIRST_WORK = 1_000, 1e8
-_WORK = 2e9
-# Numbers in each of the two families of tables, 8 bytes each: at first, and where too coarse.
-_CELLS, _MOST_CELLS = 1 << 22, 1 << 24
+# Additions spent on the tables of a round, and numbers of 8 bytes in each of their two families: in
+# the first round, which only looks for a selection; then; and where that turned out too coarse.
+_FIRST_NODES = 1_000
+_FIRST_WORK, _WORK = 1e8, 2e9
+_FIRST_CELLS, _CELLS, _MOST_CELLS = 1 << 19, 1 << 22, 1 << 24
 # The first target lies this part of the way from the Lagrangian bound to the best selection.
 _FIRST_PART = 1 / 32
 # What was decided above a node, newest first: (level, what was decided above it).
@@ -116,9 +116,9 @@ def joint_search(
     Example:
         >>> attention = [Level(size=0, cost=0.0), Level(size=40, cost=3.0, attention=1)]
         >>> mlp = [Level(size=10 * n, cost=0.1 * n**2) for n in range(6)]
-        >>> found = joint_search([attention, mlp, mlp], minimum=70, maximum=75)
+        >>> found = joint_search([attention, mlp, mlp], minimum=80, maximum=85)
         >>> found.chosen, round(found.cost, 6), found.optimal
-        ((0, 4, 3), 2.5, True)
+        ((0, 4, 4), 3.2, True)
 
     References:
         Sinha and Zoltners, "The Multiple-Choice Knapsack Problem", Operations Research 27 (1979).
@@ -177,8 +177,8 @@ class _Search:
         """
         bounds = prices.bounds(problem)
         lagrangian = lower = float(bounds.min())
-        target, part, cells = math.inf, _FIRST_PART, _CELLS
-        allowed, work = min(_FIRST_NODES, self.node_limit), _FIRST_WORK
+        target, part, cells, work = math.inf, _FIRST_PART, _FIRST_CELLS, _FIRST_WORK
+        allowed = min(_FIRST_NODES, self.node_limit)
         while True:
             left = problem.keep(bounds < target)
             best, open_ = self.cutoff, math.inf
@@ -187,17 +187,18 @@ class _Search:
             lower = max(lower, min(open_, target, self.cutoff))
             if lower >= self.cutoff or lower == math.inf or self.nodes >= self.node_limit:
                 return lower
-            if self.cutoff < best:
-                part = _FIRST_PART
-            elif open_ < target and work == _WORK and cells < _MOST_CELLS:
+            if work == _FIRST_WORK or self.cutoff < best:
+                part, cells = _FIRST_PART, _CELLS
+            elif open_ < target and cells < _MOST_CELLS:
                 cells *= 2
             else:
                 part, cells = 2 * part, _CELLS
+            work = _WORK
             if self.cutoff < math.inf:
                 target = min(lagrangian + part * (self.cutoff - lagrangian), self.cutoff)
-            last = target >= self.cutoff and cells == _MOST_CELLS
+            last = target >= self.cutoff and cells >= _MOST_CELLS
             remaining = self.node_limit - self.nodes
-            allowed, work = self.nodes + (remaining if last else -(-remaining // 4)), _WORK
+            allowed = self.nodes + (remaining if last else -(-remaining // 4))
 
     def _round(
         self, problem: Problem, price: float, target: float, allowed: int, cells: int, work: float

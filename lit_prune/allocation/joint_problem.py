@@ -150,8 +150,8 @@ def best_multipliers(problem: Problem) -> Multipliers:
             break
         charge = max((second.cost - first.cost) / (first.attention - second.attention), 0.0)
         price, middle = _size_price(problem, charge)
-        line = first.cost + charge * first.attention
-        if middle.cost + charge * middle.attention >= line - 1e-12 * abs(line):
+        gain = first.cost - middle.cost + charge * (first.attention - middle.attention)
+        if gain <= 1e-12 * abs(first.cost):
             break
         if middle.attention > problem.limit:
             first = middle
@@ -188,10 +188,8 @@ def _size_price(problem: Problem, charge: float) -> tuple[float, _Point]:
         rise = (other.cost - one.cost) + charge * (other.attention - one.attention)
         price = rise / (other.size - one.size)
         middle = point(value - price * problem.size)
-        line = one.cost + charge * one.attention - price * one.size
-        if middle.cost + charge * middle.attention - price * middle.size >= line - 1e-12 * abs(
-            line
-        ):
+        gain = one.cost - middle.cost + charge * (one.attention - middle.attention)
+        if gain - price * (one.size - middle.size) <= 1e-12 * abs(rise):
             break
         if (middle.size < target) == short:
             one = middle

@@ -22,7 +22,7 @@ _FEWEST_BUCKETS = 64
 
 
 class SuffixTables:
-    """Least cost of completing a partial selection, never too high.
+    """Least cost of completing a partial selection, never too high (but for 1e-12 of it).
 
     Sizes are rounded down to a bucket, and each suffix of places is solved by dynamic programming
     over (attention, bucket). A suffix's true size S lies between its bucketed size and that plus
@@ -40,6 +40,7 @@ class SuffixTables:
         work: Additions to spend, about.
 
     Example:
+        >>> from lit_prune.allocation.joint_problem import Problem
         >>> two = np.array([0, 0, 1, 1])
         >>> size, cost, none = np.array([0, 10, 0, 10]), np.array([0, 1.5, 0, 1.5]), 0 * two
         >>> problem = Problem(two, two, size, cost, none, 15, 20, 0)
@@ -62,8 +63,8 @@ class SuffixTables:
         self._loss, self._floor = [0], [0.0]
         self._tables = [self._windows(least, 0)]
         reduced = problem.cost - price * problem.size
-        magnitude = float(np.abs(reduced).max()) * len(order) + price * self._high
-        self._rounding = rounding(len(order), magnitude)
+        # What costs contribute is relative to the bound, and far below a tie.
+        self._rounding = rounding(len(order), price * self._high)
         for place in reversed(order):
             chosen = levels[place]
             shifts = problem.size[chosen] // self._unit

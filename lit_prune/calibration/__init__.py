@@ -9,7 +9,7 @@ from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
 from lit_prune.calibration.replay import Replayed, replay
 from lit_prune.calibration.residuals import measure_residuals
-from lit_prune.calibration.rows import Batch, Row, RowSet
+from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
 from lit_prune.calibration.split import Side
 from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
@@ -30,6 +30,7 @@ __all__ = [
     "Unit",
     "bypass_units",
     "collect_rows",
+    "first_tokens",
     "measure_residuals",
     "measure_sensitivities",
     "measure_taylor",

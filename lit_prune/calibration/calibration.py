@@ -52,8 +52,9 @@ class Calibration:
         bypassed: The same with each block, attention and MLP bypassed.
         covariances: Covariance of the inputs that ``units`` describes, ``[width, width]`` each.
         held_out: Second moments of the same inputs on the choose side, about the same means.
-        curves: Damage curve of each sub-block, ``[units + 1, 2]``: in row r the unit that leaves as
-            r-th (-1 in row 0) and the damage when r have left.
+        curves: Damage curve of each sub-block, ``[units + 1, 3]``: in row r the unit that leaves as
+            r-th (-1 in row 0), and the expected squared output error when r have left, compensated
+            by the conditional mean and by the mean alone.
         sensitivities: For each sub-block, `SENSITIVITIES`, ``[3]``.
         taylor: For each sub-block, `TAYLOR_SCORES` of every unit, ``[units, scores]``.
         similarities: Mean cosine of each block's input and output, ``[layers]``.

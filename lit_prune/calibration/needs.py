@@ -1,4 +1,4 @@
-"""Which statistics a method asks for: what a calibration has to measure, and may be found to lack."""
+"""Which statistics a method asks for: what a calibration measures, and may be found to lack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pass over the residual stream: how much each block turns it, and what each sub-block reads."""
+"""One pass over the residual stream: how much each block turns it, what each sub-block reads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def measure_residuals(
     mask = torch.zeros(0)
     entries: dict[int, Tensor] = {}
 
-    def enter(layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(
+        layer: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         entries[layer] = args[0] if args else kwargs["hidden_states"]
 
     def leave(layer: int, _module: nn.Module, _args: object, output: Any) -> None:  # noqa: ANN401 - tensor or tuple
@@ -55,9 +57,7 @@ def measure_residuals(
     handles = []
     try:
         for layer, block in enumerate(parts.layers):
-            handles.append(
-                block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True)
-            )
+            handles.append(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leave, layer)))
             handles += [
                 parts.inputs(layer, kind)[0].register_forward_pre_hook(partial(read, (layer, kind)))

@@ -133,6 +133,16 @@ class RowSet:
         return sum(1 for _ in self.batches(side, max_tokens))
 
 
+def first_tokens(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """Yield batches until ``most`` real tokens have passed; at least one."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += int(batch.attention_mask.sum())
+        if seen >= most:
+            return
+
+
 def _stack(rows: tuple[Row, ...], width: int) -> Batch:
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
+from lit_prune.calibration.rows import first_tokens
 from lit_prune.decoder import DecoderParts, SubBlock, quiet
 
 if TYPE_CHECKING:
@@ -62,14 +63,9 @@ def measure_sensitivities(
         if linear.bias is not None:
             constant += linear.bias.detach().double()
         constants[layer, kind] = constant.to(linear.weight.dtype)
-    # float64 tallies of tokens and of tokens that have a successor
-    seen, scored = 0, 0
-    batches = []
-    for batch in rows.batches("calibrate", batch_tokens):
-        batches.append(batch)
-        seen += int(batch.attention_mask.sum())
-        if seen >= max_tokens:
-            break
+    scored = 0
+    batches = list(first_tokens(rows.batches("calibrate", batch_tokens), max_tokens))
+    seen = sum(int(batch.attention_mask.sum()) for batch in batches)
     bar = tqdm(
         total=len(batches) * len(means),
         desc="Measuring sensitivities",

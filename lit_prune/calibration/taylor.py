@@ -1,11 +1,11 @@
-"""Gradient scores of units: what a first- or second-order Taylor expansion says their loss costs."""
+"""Gradient scores of units: what a first- or second-order Taylor expansion says of their loss."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet, spec_for
@@ -55,21 +55,21 @@ def measure_taylor(
     if not samples:
         raise CalibrationError("no sample with two tokens to take gradients on.")
     # in ascending order of layers; one list for each sub-block: inputs, then output
-    weights: dict[SubBlock, list[nn.Parameter]] = {}
+    weights: dict[SubBlock, list[Tensor]] = {}
     for layer in range(len(parts.layers)):
         for kind in KINDS:
             if parts.exists(layer, kind):
                 inputs = [p for linear in parts.inputs(layer, kind) for p in linear.parameters()]
                 weights[layer, kind] = [*inputs, parts.output(layer, kind).weight]
     flat = [parameter for group in weights.values() for parameter in group]
-    first = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
-    second = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
     frozen = [p for p in flat if not p.requires_grad]
     bar = tqdm(samples, desc="Taylor scores", leave=False, disable=None if progress else True)
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
         with quiet(model), torch.inference_mode(False), torch.enable_grad():
+            first = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
+            second = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
             for number, ids in enumerate(bar):
                 row = ids.to(device).clone().unsqueeze(0)
                 loss = model(input_ids=row, labels=row, use_cache=False).loss

@@ -15,6 +15,7 @@ from lit_prune.importance.gaussian import (
     transfer_entropy,
     unit_entropy,
 )
+from lit_prune.importance.given_order import order_damage
 
 __all__ = [
     "DamageCurve",
@@ -26,6 +27,7 @@ __all__ = [
     "damage_curve",
     "damped",
     "output_error",
+    "order_damage",
     "state_entropy",
     "transfer_entropy",
     "unit_entropy",

@@ -17,9 +17,11 @@ References:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lit_prune.allocation import (
     Level,
@@ -30,12 +32,16 @@ from lit_prune.allocation import (
     settled,
 )
 from lit_prune.calibration import SENSITIVITIES, Needs, Unit
-from lit_prune.decoder import all_kept
-from lit_prune.methods.decision import EVERYTHING, Decision, Method
+from lit_prune.decoder import DecoderParts, all_kept
+from lit_prune.errors import BudgetError
+from lit_prune.importance import damped, order_damage
+from lit_prune.methods import flap, random
+from lit_prune.methods.decision import CONDITIONAL_OPTIONS, EVERYTHING, Decision, Method
 from lit_prune.methods.entropy import entropy_scores
 
 if TYPE_CHECKING:
-    from lit_prune.allocation import JointSelection
+    from collections.abc import Mapping
+
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import SubBlock
     from lit_prune.methods.decision import Case
@@ -51,13 +57,13 @@ def needs(config: PruningConfig) -> Needs:
         curves=True,
         bypasses=("attention", "mlp") if transfer else (),
         sensitivities=config.sensitivity in SENSITIVITIES,
+        covariances=config.unit_score != "conditional",
     )
 
 
-def sensitivities(case: Case) -> dict[SubBlock, float]:
+def sensitivities(case: Case, curves: Mapping[SubBlock, Tensor]) -> dict[SubBlock, float]:
     """Return what the loss of each whole sub-block is worth, by the measure of the request."""
     config, calibration = case.config, case.calibration
-    curves = calibration.curves or {}
     if config.sensitivity == "none":
         return {place: float(curve[-1, 1]) for place, curve in curves.items()}
     if config.sensitivity == "transfer_entropy":
@@ -69,19 +75,50 @@ def sensitivities(case: Case) -> dict[SubBlock, float]:
     return {place: max(float(measured[place][column]), 0.0) for place in curves}
 
 
-def predicted_damage(case: Case) -> dict[SubBlock, torch.Tensor]:
-    """Return for each sub-block the predicted damage of removing 0, 1, … all units in its order."""
-    worth = sensitivities(case)
-    predicted = {}
-    for place, curve in (case.calibration.curves or {}).items():
-        damage = curve[:, 1]
-        predicted[place] = damage * (worth[place] / float(damage[-1].clamp_min(1e-300)))
-    return predicted
+def curves_of(case: Case) -> dict[SubBlock, Tensor]:
+    """Return the damage curves of the request, as `Calibration.curves` keeps them."""
+    config, calibration = case.config, case.calibration
+    if config.unit_score == "conditional":
+        return calibration.curves or {}
+    parts, curves = DecoderParts(case.model), {}
+    scores = _control_scores(case)
+    for index, part in case.spec.sub_blocks:
+        place: SubBlock = (index, part.kind)
+        weight = parts.output(*place).weight.detach().cpu()
+        covariance = damped((calibration.covariances or {})[place], config.damping)
+        order = scores[place].argsort(stable=True)
+        damages = order_damage(covariance, weight, order, part.unit_width)
+        leaves = torch.cat([order.new_full((1,), -1), order]).double()
+        curves[place] = torch.stack([leaves, *damages], 1)
+    return curves
+
+
+def _control_scores(case: Case) -> dict[SubBlock, Tensor]:
+    if case.config.unit_score == "random":
+        return random.score(case)
+    if case.config.unit_score == "fluctuation":
+        return flap.score(case)
+    return entropy_scores(case.spec, case.calibration, case.config).units
+
+
+def predicted_damage(case: Case, curves: Mapping[SubBlock, Tensor]) -> dict[SubBlock, Tensor]:
+    """Return the predicted damage of removing 0, 1, … all units of each sub-block.
+
+    The curve of the compensation that will be used, scaled to end at the sub-block's sensitivity.
+    """
+    worth = sensitivities(case, curves)
+    column = 1 if case.config.compensation == "least_squares" else 2
+    return {
+        place: curve[:, column] * (worth[place] / float(curve[-1, column].clamp_min(1e-300)))
+        for place, curve in curves.items()
+    }
 
 
 def decide(case: Case) -> Decision:
     """Find the allocation of least predicted damage."""
-    curves = case.calibration.curves or {}
+    if not case.config.pruning_ratio:
+        return Decision.whole(case.spec)
+    curves = curves_of(case)
     # `order` says when a unit leaves: the later, the higher its rank
     ranks = {}
     for place, curve in curves.items():
@@ -90,35 +127,26 @@ def decide(case: Case) -> Decision:
         ranks[place] = rank.numpy()
     ranking = Ranking(ranks, dict.fromkeys(ranks, 1))
     whole = all_kept(case.spec)
-    if not case.config.pruning_ratio:
-        return Decision.of(whole, ranking)
+    damage = predicted_damage(case, curves)
     if case.config.allocator == "uniform_widths":
-        damage = {place: curve.tolist() for place, curve in predicted_damage(case).items()}
-        counts, cost = alike_choice(case.budget, damage)
-        return Decision.of(counts, ranking, _trace(case, cost))
-    choices, levels = _levels(case)
-    selection = _search(case, levels)
+        lists = {place: values.tolist() for place, values in damage.items()}
+        counts, cost = alike_choice(case.budget, lists)
+        return replace(Decision.of(counts, ranking, _trace(case, cost)), damage=damage)
+    choices, levels = _levels(case, damage)
+    search, chosen = _search(case, levels)
     counts = dict(whole)
-    if selection is None:  # too coarse for the window that the search is given
-        counts = settled(case.budget, counts, ranking)
-        return Decision.of(counts, ranking, {"search": "no combination of levels fits the window"})
-    for options, chosen in zip(choices, selection.chosen, strict=True):
-        counts |= options[chosen]
+    for options, level in zip(choices, chosen, strict=False):
+        counts |= options[level]
     if not case.budget.met_by(counts):
-        # sizes of whole sub-blocks depend on their neighbours by a bias: a few parameters
+        # nothing was found, or sizes of whole sub-blocks are out by their neighbours' biases
         counts = settled(case.budget, counts, ranking)
     require_met(case.budget, counts)
-    search = {
-        "optimal": selection.optimal,
-        "bound": selection.bound,
-        "nodes": selection.nodes,
-    }
-    return Decision.of(counts, ranking, _trace(case, selection.cost, search))
+    cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
+    decision = Decision.of(counts, ranking, _trace(case, cost, search))
+    return replace(decision, damage=damage)
 
 
-def _trace(
-    case: Case, cost: float, search: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def _trace(case: Case, cost: float, search: dict[str, Any] | None = None) -> dict[str, Any]:
     return {
         "allocator": case.config.allocator,
         "sensitivity": case.config.sensitivity,
@@ -127,9 +155,11 @@ def _trace(
     }
 
 
-def _levels(case: Case) -> tuple[list[list[Choice]], list[list[Level]]]:
+def _levels(
+    case: Case, damage: Mapping[SubBlock, Tensor]
+) -> tuple[list[list[Choice]], list[list[Level]]]:
     """Return what each place may keep, and what that frees and costs."""
-    budget, damage = case.budget, predicted_damage(case)
+    budget = case.budget
     apart = "sub_block" in case.config.granularities or "block" not in case.config.granularities
     choices: list[list[Choice]] = []
     if apart:
@@ -156,20 +186,33 @@ def _levels(case: Case) -> tuple[list[list[Choice]], list[list[Level]]]:
     return choices, levels
 
 
-def _search(case: Case, levels: list[list[Level]]) -> JointSelection | None:
-    budget = case.budget
+def _search(
+    case: Case, levels: list[list[Level]]
+) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
+    """Return a record of the search, and the chosen level of each place; none where nothing fits.
+
+    A model too coarse for the narrow window is given the whole tolerance.
+    """
+    budget, limited = case.budget, False
     attentions = sum(part.kind == "attention" for _, part in case.spec.sub_blocks)
     for slack in (case.config.search_tolerance * case.spec.decoder_parameters, budget.tolerance):
-        selection = joint_search(
-            levels,
-            minimum=max(0, round(budget.target - slack)),
-            maximum=int(budget.target + slack),
-            attention_limit=max(attentions - 1, 0) if attentions else None,
-            node_limit=case.config.node_limit,
-        )
+        try:
+            selection = joint_search(
+                levels,
+                minimum=max(0, round(budget.target - slack)),
+                maximum=int(budget.target + slack),
+                attention_limit=max(attentions - 1, 0) if attentions else None,
+                node_limit=case.config.node_limit,
+            )
+        except BudgetError:  # no selection within the node limit
+            limited = True
+            continue
         if selection is not None:
-            return selection
-    return None
+            facts = ("optimal", "bound", "nodes")
+            return {name: getattr(selection, name) for name in facts}, selection.chosen
+    if limited:
+        return {"optimal": False, "bound": 0.0, "nodes": case.config.node_limit}, ()
+    return None, ()
 
 
 METHOD = Method(
@@ -179,5 +222,6 @@ METHOD = Method(
     needs=needs,
     granularities=EVERYTHING,
     allocators=("joint", "uniform_widths"),
+    options=CONDITIONAL_OPTIONS,
     compensation="least_squares",
 )

@@ -27,6 +27,28 @@ Kept = Mapping["SubBlock", tuple[int, ...]]
 # Mean NLL (nats per token) of a side of the text when only these units stay, measured on the masked
 # dense model with the compensation of the request.
 Judge = Callable[[Kept, Side], float]
+# Options that mean something to some methods only.
+ENTROPY_OPTIONS = ("estimator", "entropy_floor", "transfer_target", "kv_group_score")
+PAPER_OPTIONS = (
+    *ENTROPY_OPTIONS,
+    "ratio_map",
+    "ratio_temperature",
+    "ratio_strength",
+    "num_clusters",
+    "clustering",
+    "cap_clusters",
+    "stage_order",
+    "exact_hit",
+    "search_tolerance",
+)
+CONDITIONAL_OPTIONS = (
+    *ENTROPY_OPTIONS,
+    "search_tolerance",
+    "unit_score",
+    "sensitivity",
+    "damping",
+)
+METHOD_OPTIONS = tuple(dict.fromkeys(PAPER_OPTIONS + CONDITIONAL_OPTIONS))
 EVERYTHING: tuple[Granularity, ...] = get_args(Granularity)
 
 
@@ -69,10 +91,13 @@ class Decision:
     Attributes:
         kept: Kept units by ``(layer, kind)``, ascending.
         trace: JSON-able record of each stage.
+        damage: Predicted damage of removing 0, 1, … all units of each sub-block, where the method
+            predicts it; for pictures.
     """
 
     kept: dict[SubBlock, tuple[int, ...]]
     trace: dict[str, Any] = field(default_factory=dict)
+    damage: dict[SubBlock, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -127,6 +152,7 @@ class Method:
         granularities: What it can remove.
         allocators: Ways to distribute the budget that it knows; the first is the paper's.
         compensation: What the paper puts in place of what was cut.
+        options: Fields of the request marked "Method" that the method reads.
         deviations: Where this implementation differs from the paper or its code, in words.
     """
 
@@ -137,6 +163,7 @@ class Method:
     granularities: tuple[Granularity, ...] = EVERYTHING
     allocators: tuple[str, ...] = ("uniform",)
     compensation: Literal["mean", "least_squares", "none"] = "none"
+    options: tuple[str, ...] = ()
     deviations: tuple[str, ...] = ()
 
     def resolve(self, config: PruningConfig) -> PruningConfig:
@@ -151,6 +178,7 @@ class Method:
                 f"preset {self.name!r} removes {list(self.granularities)} only, granularities "
                 f"allows {list(config.granularities)}: nothing could be removed."
             )
+        self._refuse_unread(config)
         allocator = config.allocator or self.allocators[0]
         if allocator not in self.allocators:
             raise ConfigError(
@@ -163,6 +191,19 @@ class Method:
             allocator=allocator,
             compensation=config.compensation or self.compensation,
         )
+
+    def _refuse_unread(self, config: PruningConfig) -> None:
+        """Refuse an option that would have no effect: its user believes that it has one."""
+        read = {*self.options}
+        if (config.compensation or self.compensation) == "least_squares":
+            read.add("damping")
+        for option in METHOD_OPTIONS:
+            default = config.__dataclass_fields__[option].default
+            if option not in read and getattr(config, option) != default:
+                raise ConfigError(
+                    f"preset {self.name!r} does not read {option}, got "
+                    f"{getattr(config, option)!r}. Leave it out, or choose a preset that reads it."
+                )
 
     def all_needs(self, config: PruningConfig) -> Needs:
         """Return what has to be measured for this (resolved) request."""

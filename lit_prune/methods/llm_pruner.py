@@ -8,11 +8,10 @@ References:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_prune.allocation import Ranking, make_budget, require_met, uniform_choice
 from lit_prune.calibration import TAYLOR_SCORES, Needs
-from lit_prune.decoder import all_kept
 from lit_prune.errors import BudgetError
 from lit_prune.methods.decision import Decision, Method
 from lit_prune.methods.scored import UNITS
@@ -36,10 +35,10 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
 
 def decide(case: Case) -> Decision:
     """Remove the same fraction from every layer but the first and last ones."""
+    if not case.config.pruning_ratio:
+        return Decision.whole(case.spec)
     scores = {place: found.numpy() for place, found in score(case).items()}
     ranking = Ranking(scores, dict.fromkeys(scores, 1))
-    if not case.config.pruning_ratio:
-        return Decision.of(all_kept(case.spec), ranking)
     layers = len(case.spec.blocks)
     ends = {*range(round(_FIRST * layers)), *range(layers - round(_LAST * layers), layers)}
     protected = tuple(sorted(ends | set(case.config.protected_layers)))
@@ -47,7 +46,7 @@ def decide(case: Case) -> Decision:
         config = replace(case.config, protected_layers=protected)
         counts = uniform_choice(make_budget(case.spec, config))
         require_met(case.budget, counts)
-        trace = {"left_alone": list(protected)}
+        trace: dict[str, Any] = {"left_alone": list(protected)}
     except BudgetError:
         counts = uniform_choice(case.budget)
         require_met(case.budget, counts)

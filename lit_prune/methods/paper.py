@@ -35,7 +35,7 @@ from lit_prune.allocation import (
 from lit_prune.calibration import Needs, Unit
 from lit_prune.decoder import all_kept
 from lit_prune.errors import BudgetError
-from lit_prune.methods.decision import Decision, Method
+from lit_prune.methods.decision import PAPER_OPTIONS, Decision, Method
 from lit_prune.methods.entropy import entropy_scores
 
 if TYPE_CHECKING:
@@ -330,6 +330,7 @@ METHOD = Method(
     decide=decide,
     needs=needs,
     allocators=("depth_first", "greedy", "uniform"),
+    options=PAPER_OPTIONS,
     compensation="mean",
     deviations=("Eqs. 4-6 and all choices that the published text leaves open are ours.",),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.allocation import require_met
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 # Sub-blocks that leave together: both halves of a block, or one half.
 Piece = tuple["SubBlock", ...]
+# Where pieces differ in size (a model that was pruned before), their sums grow too many.
+_MOST_STATES = 4096
 
 
 def blocks_of(case: Case) -> list[Piece]:
@@ -91,11 +92,15 @@ def _fitting(case: Case, counts: dict[SubBlock, int], pieces: Sequence[Piece]) -
     fitting = []
     for piece in pieces:
         after = {**counts, **dict.fromkeys(piece, 0)}
-        if not any(count for (_, kind), count in after.items() if kind == "attention"):
+        attentions = {place for place, count in after.items() if count and place[1] == "attention"}
+        if not attentions or budget.deficit(after) < -budget.tolerance:
             continue  # a model without attention cannot keep a cache
-        others = [size for other, size in sizes.items() if other != piece]
-        if budget.deficit(after) >= -budget.tolerance and _reaches(
-            others, budget.deficit(after), budget.tolerance
+        others = [other for other in pieces if other != piece]
+        if _reaches(
+            [(sizes[other], not attentions.isdisjoint(other)) for other in others],
+            budget.deficit(after),
+            budget.tolerance,
+            attends=not attentions <= {place for other in others for place in other},
         ):
             fitting.append(piece)
     return fitting
@@ -105,11 +110,25 @@ def _size(case: Case, counts: dict[SubBlock, int], piece: Piece) -> int:
     return case.budget.removed({**counts, **dict.fromkeys(piece, 0)}) - case.budget.removed(counts)
 
 
-def _reaches(sizes: list[int], missing: float, tolerance: float) -> bool:
-    """Whether some of the sizes add up to what is missing, within the tolerance."""
-    *_, sums = accumulate(
-        sizes,
-        lambda sums, size: sums | {s + size for s in sums if s + size <= missing + tolerance},
-        initial=frozenset({0}),
-    )
-    return any(abs(total - missing) <= tolerance for total in sums)
+def _reaches(
+    pieces: list[tuple[int, bool]], missing: float, tolerance: float, *, attends: bool
+) -> bool:
+    """Whether some of the pieces add up to what is missing, and leave an attention.
+
+    Args:
+        pieces: Size of each, and whether an attention goes with it.
+        missing: Parameters to remove.
+        tolerance: Parameters by which they may miss it.
+        attends: Whether an attention stays in any case.
+    """
+    states = {(0, attends)}
+    for size, attention in pieces:
+        states = {(total, left or attention) for total, left in states} | {
+            (total + size, left) for total, left in states if total + size <= missing + tolerance
+        }
+        if len(states) > _MOST_STATES:  # of totals that are nearly equal, one stays
+            near = {
+                (total // max(tolerance / 16, 1), left): (total, left) for total, left in states
+            }
+            states = set(near.values())
+    return any(left and abs(total - missing) <= tolerance for total, left in states)

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lit_prune.config import Granularity
     from lit_prune.decoder import SubBlock
     from lit_prune.methods.decision import Case
 
-UNITS = ("kv_group", "channel")
+UNITS: tuple[Granularity, ...] = ("kv_group", "channel")
 
 
 def by_score(score: Callable[[Case], dict[SubBlock, Tensor]]) -> Callable[[Case], Decision]:

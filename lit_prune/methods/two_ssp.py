@@ -38,12 +38,15 @@ def decide(case: Case) -> Decision:
     for _, part in spec.sub_blocks:
         sizes[part.kind] += part.num_parameters
     exponent = sizes["mlp"] / max(sizes["attention"], 1) / 1.5
-    wanted = min(round(len(spec.blocks) * case.config.pruning_ratio**exponent), len(attentions))
+    # the last attention stays: without one there is no cache to count positions by
+    every = sum(kind == "attention" for _, kind in whole)
+    most = max(min(len(attentions), every - 1), 0)
+    wanted = min(round(len(spec.blocks) * case.config.pruning_ratio**exponent), most)
     # any attentions of equal size free the same parameters: the first ones stand for them here
     while True:
         counts = {**whole, **dict.fromkeys(attentions[:wanted], 0)}
         counts = _cut_channels(case, counts)
-        if budget.met_by(counts) or wanted >= max(len(attentions) - 1, 0):
+        if budget.met_by(counts) or wanted >= most:
             break
         wanted += 1  # the channels alone do not reach the ratio
     counts |= {place: whole[place] for place in attentions}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Compensation:
         weights_digest: The weights that it was made for.
         weights: New weights of output projections, where kept columns take over part of what was
             cut, by ``(layer, kind)``, ``[hidden_size, kept columns]`` each, float32.
+        facts: What the plan records about it, JSON-able.
         notes: What the report says about it, in words.
     """
 
@@ -40,6 +41,7 @@ class Compensation:
     plan_digest: str
     weights_digest: str
     weights: dict[SubBlock, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:

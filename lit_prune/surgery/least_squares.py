@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from lit_prune.decoder import DecoderParts, SubBlock, spec_for
+from lit_prune.errors import ScoreError
 from lit_prune.importance import conditional_mean, damped, output_error
 from lit_prune.surgery.compensation import Compensation, mean_compensation, unit_columns
 
@@ -48,8 +51,7 @@ def least_squares_compensation(
         damping: As a fraction of the mean variance.
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
 
-    Raises:
-        ScoreError: If a covariance cannot be inverted.
+    A covariance that cannot be inverted leaves the mean in its place, and says so in ``notes``.
 
     References:
         Hassibi & Stork, "Second order derivatives for network pruning", NeurIPS 1992 (the update);
@@ -59,45 +61,77 @@ def least_squares_compensation(
     mean = mean_compensation(model, plan, units, removed_mean=removed_mean)
     spec, parts = spec_for(model), DecoderParts(model)
     constants, weights = dict(mean.constants), {}
-    fell_back = []
+    chosen: dict[str, dict[str, float | None]] = {}
+    refused: list[str] = []
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
         layer = plan.layers[index]
         kept = layer.kv_groups if part.kind == "attention" else layer.channels
         if not kept or len(kept) == part.num_units:
             continue
+        name = f"layer {index} {part.kind}"
         device = parts.output(*place).weight.device
         weight = parts.output(*place).weight.detach().double()
         columns = unit_columns(kept, part.unit_width).to(device)
+        covariance = covariances[place].to(device)
         other = None if held_out is None else held_out[place].to(device)
-        best = _best(weight, columns, covariances[place].to(device), other, damping)
-        if best is None:
-            fell_back.append(place)
-            continue
-        means = units[place][0].to(device)
-        # float32 is what is kept, and every dtype below: the constant fits the rounded weights
-        weights[place] = best.float().cpu()
-        constants[place] = (weight @ means - best.float().double() @ means[columns]).cpu()
-    notes = ()
-    if fell_back:
-        names = ", ".join(f"layer {index} {kind}" for index, kind in fell_back)
-        notes = (
-            f"{len(fell_back)} sub-blocks keep the mean alone, which was no worse on held-out "
-            f"text than least squares: {names}",
+        found = _best(weight, columns, covariance, other, damping)
+        chosen[name] = {"damping": found.damping, "condition_number_at_most": found.condition}
+        refused += [name] * found.refused
+        if found.weight is not None:
+            means = units[place][0].to(device)
+            # float32 is what is kept, and every dtype below: the constant fits the rounded weights
+            weights[place] = found.weight.float().cpu()
+            rounded = found.weight.float().double()
+            constants[place] = (weight @ means - rounded @ means[columns]).cpu()
+    alone = [name for name, facts in chosen.items() if facts["damping"] is None]
+    notes = []
+    if refused:
+        notes.append(
+            f"{len(refused)} sub-blocks have covariances that cannot be inverted at some damping "
+            f"tried: {', '.join(refused)}"
         )
-    return Compensation(constants, plan.digest, mean.weights_digest, weights, notes)
+    if alone:
+        notes.append(
+            f"{len(alone)} sub-blocks keep the mean alone, which was no worse on held-out text "
+            f"than least squares: {', '.join(alone)}"
+        )
+    return Compensation(
+        constants, plan.digest, mean.weights_digest, weights, chosen, tuple(notes)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The choice for one sub-block: its weights and damping, or None for the mean alone."""
+
+    weight: Tensor | None
+    damping: float | None
+    condition: float | None
+    refused: bool
 
 
 def _best(
     weight: Tensor, columns: Tensor, covariance: Tensor, held_out: Tensor | None, damping: float
-) -> Tensor | None:
-    """Return the weights of least held-out error, ``[out, kept]``; None where the mean is best."""
-    if held_out is None:
-        return conditional_mean(damped(covariance, damping), weight, columns)
-    best, least = None, output_error(held_out, weight, weight[:, columns], columns)
-    for factor in _DAMPING_FACTORS:
-        new = conditional_mean(damped(covariance, damping * factor), weight, columns)
-        error = output_error(held_out, weight, new, columns)
+) -> _Found:
+    best, least, refused = _Found(None, None, None, False), math.inf, False
+    if held_out is not None:
+        least = output_error(held_out, weight, weight[:, columns], columns)
+    for factor in (1.0,) if held_out is None else _DAMPING_FACTORS:
+        try:
+            noisy = damped(covariance, damping * factor)
+            new = conditional_mean(noisy, weight, columns)
+        except ScoreError:  # ill-conditioned beyond float64: more damping, or the mean
+            refused = True
+            continue
+        error = 0.0 if held_out is None else output_error(held_out, weight, new, columns)
         if error < least:
-            best, least = new, error
-    return best
+            least = error
+            best = _Found(new, damping * factor, _condition_bound(noisy, covariance), False)
+    return replace(best, refused=refused)
+
+
+def _condition_bound(noisy: Tensor, covariance: Tensor) -> float:
+    """Bound the condition number: largest row sum over the noise that was added. No spectrum."""
+    added = float((noisy.diagonal() - covariance.diagonal().double()).min())
+    return float(noisy.abs().sum(1).max()) / added

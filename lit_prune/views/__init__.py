@@ -1,6 +1,7 @@
 """What people look at: figures as values, and where they appear in TensorBoard."""
 
 from lit_prune.views.before_after import before_after
+from lit_prune.views.damage import damage_curves
 from lit_prune.views.hparams import log_request
 from lit_prune.views.kept_units import kept_units
 from lit_prune.views.tensorboard import MetricLogger, log_report, log_unit_entropy
@@ -11,6 +12,7 @@ from lit_prune.views.unit_entropy import unit_entropy_heatmap
 __all__ = [
     "MetricLogger",
     "before_after",
+    "damage_curves",
     "kept_units",
     "log_report",
     "log_request",

@@ -12,7 +12,8 @@
 | ``prune/score/kv_group`` | image | entropy of KV groups, layer x unit, cuts marked |
 | ``prune/score/channel`` | image | entropy of MLP channels, layer x unit, cuts marked |
 | ``prune/kept`` | image | kept share of KV groups and channels by layer |
-| ``prune/transfer_entropy`` | image | transfer entropy of blocks, attentions and MLPs |
+| ``prune/damage_curves`` | image | predicted damage of each sub-block (preset ``conditional``) |
+| ``prune/transfer_entropy`` | image | of blocks, attentions, MLPs (presets that measure it) |
 | ``report/before_after`` | image | before and after, with a bar for each ratio |
 | ``report/table`` | text | the report as Markdown |
 | ``plan/json`` | text | the plan as JSON, one line for each layer |
@@ -31,6 +32,7 @@ import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_prune.views.before_after import before_after
+from lit_prune.views.damage import damage_curves
 from lit_prune.views.hparams import log_request
 from lit_prune.views.kept_units import kept_units
 from lit_prune.views.transfer import transfer_entropy
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from lit_prune.decoder import DecoderSpec, SubBlockKind
+    from lit_prune.decoder import DecoderSpec, SubBlock, SubBlockKind
     from lit_prune.plan import PruningPlan
     from lit_prune.report import PruningReport
     from lit_prune.views.transfer import BypassKind
@@ -54,7 +56,8 @@ IMAGES = (
     "prune/score/kv_group",
     "prune/score/channel",
     "prune/kept",
-    "prune/transfer_entropy",
+    "prune/damage_curves",  # of `conditional`
+    "prune/transfer_entropy",  # where a preset measures it: `paper`
     "report/before_after",
 )
 TEXTS = ("report/table", "plan/json")
@@ -78,6 +81,7 @@ def log_report(
     report: PruningReport,
     entropies: Mapping[tuple[int, SubBlockKind], Tensor],
     transfer: Mapping[tuple[int, BypassKind], float],
+    damage: Mapping[SubBlock, Tensor] | None = None,
     step: int,
 ) -> None:
     """Show a finished pruning in every logger, as far as each can show it. Call it on rank zero.
@@ -92,6 +96,7 @@ def log_report(
         report: Before and after.
         entropies: Entropy of each unit, ``[units]``, nats.
         transfer: Transfer entropy of blocks, attentions and MLPs; empty where it was not measured.
+        damage: Predicted damage of each sub-block, for presets that predict it.
         step: Global step of the trainer.
     """
     found = list(loggers)
@@ -109,6 +114,8 @@ def log_report(
         draw[IMAGES[1]] = lambda: unit_entropy_heatmap(spec, plan, entropies, "mlp")
     if transfer:
         draw["prune/transfer_entropy"] = lambda: transfer_entropy(spec, plan, transfer, unit=nats)
+    if damage:
+        draw["prune/damage_curves"] = lambda: damage_curves(spec, plan, damage)
     texts = {"report/table": report.to_markdown(), "plan/json": f"```json\n{plan_text(plan)}\n```"}
 
     def show(logger: MetricLogger) -> None:

@@ -171,7 +171,7 @@ def test_best_weights_loaded_back_at_the_end_are_what_is_pruned(tmp_path):
         def on_train_end(self, trainer, pl_module):
             pl_module.load_state_dict(self.first)
 
-    for allocator, kv in (("depth_first", 2), ("uniform", 4)):
+    for allocator, kv in (("joint", 2), ("uniform_widths", 4)):
         options = {"allocator": allocator, "channel_multiple": 4, "latency_prompt_tokens": 0}
         callback, module = pruner(**options), LM(tiny_model(kv_heads=kv), lr=0.1)
         fit(tmp_path, module, Back(), callback, max_epochs=3)

@@ -37,7 +37,9 @@ def test_every_option_is_read_from_yaml_with_its_type(tmp_path):
     defaults = PruningConfig(pruning_ratio=0.25).to_dict()
     options = {
         **defaults,
+        "preset": "paper",
         "allocator": "greedy",
+        "compensation": "mean",
         "granularities": ["kv_group", "channel"],
         "protected_layers": [0, 3],
         "channel_multiple": 8,

@@ -28,23 +28,30 @@ def by_fit(folder, rows, *, loaded=None, run=None, **options):
     return callback.plan_
 
 
-@pytest.mark.parametrize("allocator", ["depth_first", "uniform"])
-def test_law_5_every_road_gives_the_same_plan(tmp_path, allocator):
+OPTIONS = [
+    {"preset": "conditional"},
+    {"preset": "paper"},
+    {"preset": "paper", "allocator": "uniform"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_law_5_every_road_gives_the_same_plan(tmp_path, options):
     turned = ROWS[::-1]
     plans = {
-        "prune": by_prune(tmp_path, ROWS, allocator=allocator),
-        "again": by_prune(tmp_path, ROWS, allocator=allocator),
-        "validate": by_validate(tmp_path, ROWS, allocator=allocator),
-        "fit": by_fit(tmp_path, ROWS, allocator=allocator),
+        "prune": by_prune(tmp_path, ROWS, **options),
+        "again": by_prune(tmp_path, ROWS, **options),
+        "validate": by_validate(tmp_path, ROWS, **options),
+        "fit": by_fit(tmp_path, ROWS, **options),
         "one by one, unpadded": by_validate(
-            tmp_path, ROWS, loaded=loader(ROWS, 1), allocator=allocator
+            tmp_path, ROWS, loaded=loader(ROWS, 1), **options
         ),
         "padded on the left, turned": by_fit(
-            tmp_path, ROWS, loaded=loader(turned, 5, side="left", extra=3), allocator=allocator
+            tmp_path, ROWS, loaded=loader(turned, 5, side="left", extra=3), **options
         ),
-        "repeated": by_validate(tmp_path, ROWS + ROWS[:9], allocator=allocator),
+        "repeated": by_validate(tmp_path, ROWS + ROWS[:9], **options),
         "several validations": by_fit(
-            tmp_path, ROWS, run={"max_epochs": 2, "val_check_interval": 1}, allocator=allocator
+            tmp_path, ROWS, run={"max_epochs": 2, "val_check_interval": 1}, **options
         ),
     }
     assert {plan.digest for plan in plans.values()} == {plans["prune"].digest}

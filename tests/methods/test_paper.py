@@ -13,11 +13,10 @@ from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError, ConfigError
 from lit_prune.methods import Scores, preset
-from lit_prune.pruner import calibrate, make_plan
+from lit_prune.methods.paper import distribute
+from lit_prune.planning import calibrate, make_plan
 from tests.allocation.specs import random_decoder, random_request
 from tests.models import tiny_model, tiny_rows
-
-decide = preset("paper")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def rows():
 @pytest.fixture(scope="module")
 def calibration(model, rows):
     """Covariances, so that every estimator can be asked of the same calibration."""
-    config = PruningConfig(pruning_ratio=0.3, estimator="logdet")
+    config = PruningConfig(preset="paper", pruning_ratio=0.3, estimator="logdet")
     return calibrate(model, rows, config, progress=False)
 
 
@@ -52,7 +51,7 @@ def plan(model, calibration):
     def plan_of(ratio=0.3, calibration=calibration, **options):
         key = (ratio, id(calibration), str(options))
         if key not in made:
-            config = PruningConfig(pruning_ratio=ratio, **options)
+            config = PruningConfig(preset="paper", pruning_ratio=ratio, **options)
             made[key] = make_plan(model, calibration, config).plan
         return made[key]
 
@@ -72,14 +71,16 @@ def test_the_trace_tells_every_stage(plan):
 
 
 def test_lower_transfer_entropy_means_a_larger_ratio(model, calibration):
-    planned = make_plan(model, calibration, PruningConfig(pruning_ratio=0.3))
+    planned = make_plan(model, calibration, PruningConfig(preset="paper", pruning_ratio=0.3))
     ratios = planned.plan.provenance["method"]["block_ratios"]
     entropies = [planned.scores.transfer[Unit(layer, "block")] for layer in range(6)]
     assert np.argsort(ratios).tolist() == np.argsort(entropies)[::-1].tolist()
 
 
 def test_a_block_never_loses_more_units_to_clusters_than_its_ratio(model, calibration):
-    config = PruningConfig(pruning_ratio=0.3, channel_multiple=1, search_tolerance=1e9)
+    config = PruningConfig(
+        preset="paper", pruning_ratio=0.3, channel_multiple=1, search_tolerance=1e9
+    )
     budget = make_budget(spec_for(model), config)
     for layer, block in enumerate(make_plan(model, calibration, config).plan.layers):
         assert len(block.channels) <= 96
@@ -149,7 +150,9 @@ def test_what_cannot_change_the_plan_is_equal(plan):
 
 def test_kv_group_score_sum_or_mean_ranks_alike_but_scales(model, calibration):
     scores = [
-        make_plan(model, calibration, PruningConfig(pruning_ratio=0.3, kv_group_score=how)).scores
+        make_plan(
+            model, calibration, PruningConfig(preset="paper", pruning_ratio=0.3, kv_group_score=how)
+        ).scores
         for how in ("sum", "mean")
     ]
     for layer in range(6):
@@ -174,7 +177,10 @@ def test_exact_clusters_and_kmeans_differ_only_where_kmeans_misses_the_optimum()
 def test_transfer_target_changes_the_entropies(model, rows):
     found = [
         calibrate(
-            model, rows, PruningConfig(pruning_ratio=0.3, transfer_target=target), progress=False
+            model,
+            rows,
+            PruningConfig(preset="paper", pruning_ratio=0.3, transfer_target=target),
+            progress=False,
         )
         for target in ("after_norm", "before_norm")
     ]
@@ -201,7 +207,7 @@ def test_a_block_that_is_scaled_to_nothing_goes_first(rows):
     with torch.no_grad():
         model.model.layers[dead].self_attn.o_proj.weight.mul_(1e-4)
         model.model.layers[dead].mlp.down_proj.weight.mul_(1e-4)
-    config = PruningConfig(pruning_ratio=0.3)
+    config = PruningConfig(preset="paper", pruning_ratio=0.3)
     planned = make_plan(model, calibrate(model, rows, config, progress=False), config)
     assert min(planned.scores.transfer, key=planned.scores.transfer.get).layer == dead
     chosen = planned.plan.provenance["method"]["searches"][0]["chosen"]
@@ -223,7 +229,7 @@ def test_between_k_3_and_k_6_the_better_on_choose_text(model, calibration, plan)
 
 
 def test_the_judge_is_asked_about_both_and_believed(model, calibration):
-    config = PruningConfig(pruning_ratio=0.4)
+    config = PruningConfig(preset="paper", pruning_ratio=0.4)
     budget = make_budget(spec_for(model), config)
     planned = make_plan(model, calibration, config)
     ranking = Ranking(
@@ -231,13 +237,19 @@ def test_the_judge_is_asked_about_both_and_believed(model, calibration):
         {(i, p.kind): p.unit_width for i, p in budget.spec.sub_blocks},
     )
     for answers, clusters in (((1.0, 2.0), 3), ((2.0, 1.0), 6), ((1.0, 1.0), 3)):
-        answer = iter(answers)
-        decision = decide(budget, planned.scores, ranking, lambda _plan, a=answer: next(a))
+        answer, asked = iter(answers), []
+
+        def judge(kept, answer=answer, asked=asked):
+            asked.append({place: len(units) for place, units in kept.items()})
+            return next(answer)
+
+        decision = distribute(budget, planned.scores, ranking, judge)
         assert decision.trace["num_clusters"] == clusters
+        assert decision.counts == asked[0 if clusters == 3 else 1]
 
 
 def test_uniform_needs_no_transfer_entropy_and_cuts_every_layer_alike(model, rows):
-    config = PruningConfig(pruning_ratio=0.3, allocator="uniform")
+    config = PruningConfig(preset="paper", pruning_ratio=0.3, allocator="uniform")
     calibration = calibrate(model, rows, config, progress=False)
     assert calibration.bypassed is None
     layers = make_plan(model, calibration, config).plan.layers
@@ -266,7 +278,7 @@ def decide_with_random_scores(spec, config, seed):
         {k: v.numpy() for k, v in units.items()},
         {(i, p.kind): p.unit_width for i, p in spec.sub_blocks},
     )
-    return budget, decide(budget, Scores(units, transfer), ranking, lambda _plan: rng.random())
+    return budget, distribute(budget, Scores(units, transfer), ranking, lambda _kept: rng.random())
 
 
 METHOD = {
@@ -306,7 +318,9 @@ def test_f24_the_node_limit_is_recorded():
     for seed in range(10):
         traces = []
         for node_limit in (1, 10**6):
-            config = PruningConfig(pruning_ratio=0.5, node_limit=node_limit, **COARSE)
+            config = PruningConfig(
+                preset="paper", pruning_ratio=0.5, node_limit=node_limit, **COARSE
+            )
             _, decision = decide_with_random_scores(spec, config, seed)
             traces.append(decision.trace["searches"])
         assert all(search["optimal"] for search in traces[1])
@@ -322,7 +336,7 @@ def test_f19_one_unit_layers_and_equal_scores():
     for seed in range(10):
         try:
             budget, decision = decide_with_random_scores(
-                spec, PruningConfig(pruning_ratio=0.4), seed
+                spec, PruningConfig(preset="paper", pruning_ratio=0.4), seed
             )
         except BudgetError:
             continue
@@ -334,7 +348,7 @@ def test_replayed_scores_are_finite_for_dead_channels(rows):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[5:9] = 0
         model.model.layers[2].self_attn.v_proj.weight[:8] = 0
-    config = PruningConfig(pruning_ratio=0.2, channel_multiple=1, **WIDTH)
+    config = PruningConfig(preset="paper", pruning_ratio=0.2, channel_multiple=1, **WIDTH)
     calibration = calibrate(model, rows, config, progress=False)
     planned = make_plan(model, calibration, config)
     assert all(torch.isfinite(scores).all() for scores in planned.scores.units.values())

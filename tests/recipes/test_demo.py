@@ -38,7 +38,7 @@ def test_run_is_in_tensorboard(demo):
     events = EventAccumulator(str(folder / "version_0"))
     events.Reload()
     assert {"validation/loss", "prune/achieved_ratio"} <= set(events.Tags()["scalars"])
-    assert "prune/transfer_entropy" in events.Tags()["images"]
+    assert "prune/damage_curves" in events.Tags()["images"]
 
 
 @pytest.mark.slow

@@ -27,6 +27,15 @@ class Views:
             for layer in range(5)
             for kind in ("block", "attention", "mlp")
         }
+        self.damage = {
+            (layer, part.kind): torch.cat(
+                [
+                    torch.zeros(1, dtype=torch.float64),
+                    torch.rand(part.num_units, generator=generator, dtype=torch.float64).cumsum(0),
+                ]
+            )
+            for layer, part in self.spec.sub_blocks
+        }
         self.report = PruningReport(
             requested_ratio=0.3,
             achieved_ratio=0.302,
@@ -53,6 +62,7 @@ class Views:
             "report": self.report,
             "entropies": self.entropies,
             "transfer": self.transfer,
+            "damage": self.damage,
         }
         return {**whole, **instead}
 

@@ -13,7 +13,13 @@ import lit_prune.views
 from lit_prune.decoder import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec
 from lit_prune.errors import PlanMismatchError, ScoreError
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.views import before_after, kept_units, transfer_entropy, unit_entropy_heatmap
+from lit_prune.views import (
+    before_after,
+    damage_curves,
+    kept_units,
+    transfer_entropy,
+    unit_entropy_heatmap,
+)
 from tests.views.conftest import is_drawn
 
 
@@ -28,6 +34,7 @@ def draw_all(v):
         "mlp": unit_entropy_heatmap(v.spec, v.plan, v.entropies, "mlp"),
         "kept": kept_units(v.spec, v.plan),
         "transfer": transfer_entropy(v.spec, v.plan, v.transfer),
+        "damage": damage_curves(v.spec, v.plan, v.damage),
         "before_after": before_after(v.report),
     }
 
@@ -95,7 +102,7 @@ def test_pictures_change_with_the_plan_and_are_the_same_for_the_same(views, draw
     views.plan = views.planned({0: ((1,), tuple(range(8))), 1: ((0, 1), ())})
     other = {name: pixels(figure) for name, figure in draw_all(views).items()}
     changed = {name for name in drawn if not np.array_equal(drawn[name], other[name])}
-    assert changed == {"attention", "mlp", "kept", "transfer"}  # the report is of the old plan
+    assert changed == {*drawn} - {"before_after"}  # the report is of the old plan
 
 
 def test_one_unit_more_or_less_is_visible(views, drawn):
@@ -181,6 +188,19 @@ def test_transfer_entropy_is_logarithmic_beyond_two_decades(views, values, scale
     assert figure.axes[0].get_yscale() == scale
     low, high = figure.axes[0].get_ylim()
     assert all(low < value < high for value in values)
+
+
+def test_the_dots_of_the_damage_curves_are_what_the_plan_removes(views):
+    attention, mlp = damage_curves(views.spec, views.plan, views.damage).axes
+    dots = [line for line in mlp.lines if line.get_marker() == "o"]
+    curves = [line for line in mlp.lines if line.get_marker() != "o"]
+    assert len(dots) == len(curves) == len(views.spec.blocks)
+    for layer, (dot, curve) in enumerate(zip(dots, curves, strict=True)):
+        damage = views.damage[layer, "mlp"]
+        cut = 48 - len(views.plan.layers[layer].channels)
+        assert (dot.get_xdata()[0], dot.get_ydata()[0]) == (cut / 48, float(damage[cut]))
+        assert list(curve.get_ydata()) == damage.tolist()
+    assert "KV group" in attention.get_title()
 
 
 def test_before_after_prints_every_row_and_claims_nothing_inside_the_spread(views):

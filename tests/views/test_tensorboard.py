@@ -46,7 +46,7 @@ def warnings_in(caplog):
 
 
 # What only asks about scalars, texts or hparams draws two pictures instead of five.
-FEW = {"entropies": {}, "transfer": {}}
+FEW = {"entropies": {}, "transfer": {}, "damage": {}}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_hparams_are_in_the_run_itself(written, folder):
     plugin = written.PluginTagToContent("hparams")
     start = metadata.parse_session_start_info_plugin_data(plugin[metadata.SESSION_START_INFO_TAG])
     assert start.hparams["prune/pruning_ratio"].number_value == 0.3
-    assert start.hparams["prune/preset"].string_value == "paper"
+    assert start.hparams["prune/preset"].string_value == "conditional"
     assert (
         start.hparams["prune/granularities"].string_value == "block, sub_block, kv_group, channel"
     )

@@ -1,0 +1,53 @@
+"""Figure: damage curves of all sub-blocks, and where the search stopped on each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lit_prune.decoder import KINDS
+from lit_prune.views.canvas import CUT, UNIT, clean, new_figure, outcomes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from lit_prune.decoder import DecoderSpec, SubBlock
+    from lit_prune.plan import PruningPlan
+
+
+def damage_curves(
+    spec: DecoderSpec, plan: PruningPlan, damage: Mapping[SubBlock, Tensor], *, unit: str = "nats"
+) -> Figure:
+    """Draw predicted damage against the fraction of units removed, one line a layer.
+
+    Args:
+        spec: The model before pruning.
+        plan: What stays; a dot on each line marks what the plan removes.
+        damage: Predicted damage of removing 0, 1, … all units of each sub-block.
+        unit: What damage is measured in.
+    """
+    from matplotlib import colormaps
+
+    figure = new_figure(11.0, 4.8, "What each sub-block is predicted to cost")
+    shades = colormaps["viridis"]
+    last = max(len(spec.blocks) - 1, 1)
+    for number, kind in enumerate(KINDS):
+        axes = clean(figure.add_subplot(1, 2, number + 1))
+        for outcome in outcomes(spec, plan, kind):
+            if outcome.absent or (outcome.layer, kind) not in damage:
+                continue
+            curve = damage[outcome.layer, kind].tolist()
+            share = [removed / outcome.total for removed in range(len(curve))]
+            axes.plot(share, curve, color=shades(outcome.layer / last), linewidth=1.2)
+            cut = outcome.total - len(outcome.kept)
+            axes.plot([share[cut]], [curve[cut]], "o", color=CUT, markersize=4)
+            axes.annotate(str(outcome.layer), (1.02, curve[-1]), fontsize=7, va="center")
+        axes.set_title(f"{kind}: {UNIT[kind]}s", fontsize=10)
+        axes.set(xlabel="removed", ylabel=f"predicted damage ({unit} per token)" * (number == 0))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.supxlabel("dots: what the plan removes; numbers: layers", fontsize=9)
+    return figure

@@ -1,0 +1,106 @@
+import pytest
+
+from lit_prune.decoder import all_kept
+from lit_prune.methods.multipruner import decide, score
+from tests.methods.cases import KV_HEADS, case_of, check_ratio, model_of, plan
+
+NAME = "multipruner"
+
+
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+def test_ratio_is_met(kv_heads, ratio):
+    check_ratio(NAME, kv_heads, ratio)
+
+
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+def test_scores_are_row_norms(kv_heads):
+    found = score(case_of(NAME, kv_heads))
+    layer = model_of(kv_heads).model.layers[1]
+    mlp, attention = layer.mlp, layer.self_attn
+    for channel in (0, 17):
+        expected = (
+            mlp.gate_proj.weight[channel].abs().sum() + mlp.up_proj.weight[channel].abs().sum()
+        )
+        assert found[1, "mlp"][channel].item() == pytest.approx(expected.item(), rel=1e-5)
+    queries = 4 // kv_heads
+    for group in range(kv_heads):
+        total = 0.0
+        for head in range(group * queries, (group + 1) * queries):
+            for row in range(8):
+                total += attention.q_proj.weight[head * 8 + row].abs().sum().item()
+                total += attention.k_proj.weight[group * 8 + row].abs().sum().item()
+                total += attention.v_proj.weight[group * 8 + row].abs().sum().item()
+        assert found[1, "attention"][group].item() == pytest.approx(total, rel=1e-5)
+
+
+class Judge:
+    """A loss that knows what every unit is worth, and keeps every draft."""
+
+    def __init__(self, worth):
+        self.worth, self.drafts = worth, []
+
+    def __call__(self, kept, side):
+        assert side == "calibrate"
+        self.drafts.append(kept)
+        return -sum(self.worth(place) * len(units) for place, units in kept.items())
+
+
+def decided(worth, kv_heads=4, ratio=0.5, **options):
+    judge = Judge(worth)
+    case = case_of(NAME, kv_heads, ratio, judge, **options)
+    return case, decide(case), judge
+
+
+def test_stages_come_in_order_and_take_the_cheapest():
+    case, decision, judge = decided(lambda place: 1 + place[0])
+    steps = decision.trace["steps"]
+    assert decision.trace["judged"] == len(judge.drafts)
+    stages = [
+        "whole" if step["kept"] == 0 else "width" if step["kind"] == "mlp" else "head"
+        for step in steps
+    ]
+    assert stages == sorted(stages, key=["whole", "width", "head"].index)
+    assert set(stages) == {"whole", "width", "head"}
+    # the shallowest is cheapest here, for as long as it can lose something
+    widths = [step["layer"] for step in steps if step["kind"] == "mlp" and step["kept"]]
+    assert widths == sorted(widths)
+    removed = case.budget.removed(
+        {**all_kept(case.spec), **{(s["layer"], s["kind"]): 0 for s in steps if s["kept"] == 0}}
+    )
+    assert removed >= 0.44 * case.budget.target
+    assert removed <= case.budget.target
+
+
+def test_units_of_least_norm_leave():
+    case, decision, _ = decided(lambda place: 1 + place[0])
+    scores = score(case)
+    for place, units in decision.kept.items():
+        if units:
+            ranked = sorted(range(len(scores[place])), key=lambda i, p=place: scores[p][i].item())
+            assert sorted(ranked[len(ranked) - len(units) :]) == list(units)
+
+
+def test_judgements_are_bounded():
+    for ratio in (0.2, 0.6):
+        case, decision, judge = decided(lambda place: 1 + place[0], ratio=ratio)
+        layers = len(case.spec.blocks)
+        whole = sum(step["kept"] == 0 for step in decision.trace["steps"])
+        assert len(judge.drafts) <= whole * 2 * layers + 2 * 64 * layers
+
+
+def test_an_attention_is_always_left():
+    _, decision, _ = decided(lambda place: 1 if place[1] == "attention" else 100, ratio=0.45)
+    assert any(units for (_, kind), units in decision.kept.items() if kind == "attention")
+
+
+@pytest.mark.parametrize("granularities", [("channel",), ("kv_group", "channel")])
+def test_stages_that_are_not_allowed_are_left_out(granularities):
+    found = check_ratio(NAME, 2, 0.25, granularities=granularities)
+    assert all(layer.kv_groups and layer.channels for layer in found.layers)
+
+
+def test_protected_layers_and_nothing_asked():
+    found = check_ratio(NAME, 2, 0.25, protected_layers=(3,))
+    assert len(found.layers[3].channels) == 96
+    assert all(len(layer.channels) == 96 for layer in plan(NAME, 2, 0.0).layers)
