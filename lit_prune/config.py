@@ -12,6 +12,7 @@ from lit_prune.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+Allocator = Literal["depth_first", "greedy", "uniform", "global", "joint", "uniform_widths"]
 Granularity = Literal["block", "sub_block", "kv_group", "channel"]
 # Requested and achieved pruning ratio differ by at most this, or it is an error.
 RATIO_TOLERANCE = 0.005
@@ -80,9 +81,9 @@ class PruningConfig:
         unit_score: Method. In which order units leave under ``conditional``: by ``conditional``
             entropy, marginal ``entropy``, ``fluctuation`` (FLAP's) or at ``random``; all but the
             first are controls.
-        sensitivity: Method. What weighs the damage curves of ``conditional``: the ``kl`` to the dense
-            model, increase of ``nll``, ``frobenius`` norm of the change of the final hidden state,
-            ``transfer_entropy`` of each whole sub-block, or ``none``.
+        sensitivity: Method. What weighs the damage curves of ``conditional``: the ``kl`` to the
+            dense model, increase of ``nll``, ``frobenius`` norm of the change of the final hidden
+            state, ``transfer_entropy`` of each whole sub-block, or ``none``.
         damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
             inverted.
         seed: Seed of K-means and of random choices.
@@ -107,9 +108,7 @@ class PruningConfig:
 
     pruning_ratio: float
     preset: str = "conditional"
-    allocator: (
-        Literal["depth_first", "greedy", "uniform", "global", "joint", "uniform_widths"] | None
-    ) = None
+    allocator: Allocator | None = None
     granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
     protected_layers: tuple[int, ...] = ()
     channel_multiple: int | None = None

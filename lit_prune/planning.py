@@ -1,4 +1,4 @@
-"""From text to a plan: measure what the preset needs, decide, compensate. Nothing is changed yet."""
+"""From text to a plan: measure what the preset needs, decide, compensate; nothing is changed."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from lit_prune.surgery import (
     least_squares_compensation,
     masked,
     mean_compensation,
+    weights_digest,
 )
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def damage_curves(
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
         weight = parts.output(*place).weight.detach()
-        covariance = damped((calibration.covariances or {})[place].to(weight.device), config.damping)
+        covariance = (calibration.covariances or {})[place].to(weight.device)
+        covariance = damped(covariance, config.damping)
         curve = damage_curve(covariance, weight, part.unit_width)
         _, alone = order_damage(covariance, weight, curve.order, part.unit_width)
         leaves = torch.cat([curve.order.new_full((1,), -1), curve.order])
@@ -170,10 +172,23 @@ def needed_bypasses(model: PreTrainedModel, config: PruningConfig) -> tuple[Unit
     return tuple(unit for unit in bypass_units(DecoderParts(model)) if unit.kind in wanted)
 
 
-def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> Planned:
+def make_plan(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    config: PruningConfig,
+    *,
+    judged: dict[tuple[str, Side], float] | None = None,
+) -> Planned:
     """Plan from a calibration.
 
     The model is only read (and judged on text by the methods that search by real losses).
+
+    Args:
+        model: The dense model.
+        calibration: What was measured on it.
+        config: The request.
+        judged: Losses that drafts were found to have, by plan digest and side; read and added to.
+            Planning several ratios with one method, hand the same one in: greedy paths start alike.
 
     Raises:
         PlanMismatchError: If the calibration belongs to another architecture.
@@ -184,13 +199,20 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
     spec = spec_for(model)
     _check_calibration(model, calibration, config)
     budget = make_budget(spec, config)
+    memory = {} if judged is None else judged
+    # hashed once, not for every draft
+    digest = None if config.compensation == "none" else weights_digest(model)
 
     def compensation_of(plan: PruningPlan) -> Compensation | None:
         if config.compensation == "none":
             return None
         if config.compensation == "mean":
             return mean_compensation(
-                model, plan, calibration.units, removed_mean=config.removed_mean
+                model,
+                plan,
+                calibration.units,
+                removed_mean=config.removed_mean,
+                weights=digest,
             )
         return least_squares_compensation(
             model,
@@ -200,19 +222,22 @@ def make_plan(model: PreTrainedModel, calibration: Calibration, config: PruningC
             calibration.held_out,
             damping=config.damping,
             removed_mean=config.removed_mean,
+            weights=digest,
         )
 
     def judge(kept: Kept, side: Side) -> float:
         plan = plan_of(spec, kept)
+        if (known := memory.get((plan.digest, side))) is not None:
+            return known
         with quiet(model), masked(model, plan, compensation_of(plan)):
             batches = calibration.rows.batches(side, config.replay_batch_tokens)
             if side == "calibrate":  # hundreds of drafts are judged there
                 batches = first_tokens(batches, config.search_tokens)
-            return perplexity_of(model, batches).mean_nll
+            found = perplexity_of(model, batches).mean_nll
+        memory[plan.digest, side] = found
+        return found
 
-    decision = method.decide(
-        Case(model=model, calibration=calibration, budget=budget, judge=judge)
-    )
+    decision = method.decide(Case(model=model, calibration=calibration, budget=budget, judge=judge))
     plan = plan_of(spec, decision.kept)
     compensation = compensation_of(plan)
     provenance = {

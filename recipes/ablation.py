@@ -22,7 +22,8 @@ from compare import MLP_UNIFORM, main
 
 CONDITIONAL = [
     "conditional",
-    *(f"conditional:sensitivity={name}" for name in ("nll", "frobenius", "transfer_entropy", "none")),
+    *(f"conditional:sensitivity={name}" for name in ("nll", "frobenius", "transfer_entropy")),
+    "conditional:sensitivity=none",
     *(f"conditional:unit_score={name}" for name in ("entropy", "fluctuation", "random")),
     *(f"conditional:compensation={name}" for name in ("mean", "none")),
     "conditional:unit_score=entropy,compensation=mean",

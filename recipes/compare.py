@@ -80,11 +80,20 @@ class Cell:
 
 
 def documents_of(files: list[Path] | None, split: str) -> Dataset:
-    """Return texts with their names: the given files, or a split of the standard library."""
+    """Return texts with their names: the given files, or a split of the standard library.
+
+    A file is one document; a ``.jsonl`` file has one in the field ``text`` of each line.
+    """
     if files is None:
         return stdlib_documents(split)
-    texts = [file.read_text(encoding="utf-8") for file in sorted(files)]
-    return Dataset.from_dict({"path": [file.name for file in sorted(files)], "text": texts})
+    found: dict[str, list[str]] = {"path": [], "text": []}
+    for file in sorted(files):
+        whole = file.read_text(encoding="utf-8")
+        lines = whole.splitlines() if file.suffix == ".jsonl" else []
+        texts = [json.loads(line)["text"] for line in lines] or [whole]
+        found["text"] += texts
+        found["path"] += [file.name] * len(texts)
+    return Dataset.from_dict(found)
 
 
 def scored_windows(text: Dataset, tokenizer: Any, context: int, most: int) -> Documents:
@@ -156,6 +165,7 @@ class Harness:
             "scored_documents": len(set(self.text.owner)),
             "test": [file.name for file in options.test] if options.test else options.split,
             "dtype": options.dtype,
+            "search_tokens": options.search_tokens,
         }
         self.cells: dict[str, dict[str, Any]] = {}
         if options.out.exists():
@@ -189,11 +199,13 @@ class Harness:
                     for ratio in self.options.ratios
                     if f"{method}|{ratio:g}|{seed}" not in self.cells
                 ]
-                calibration, seconds = None, 0.0
+                calibration, seconds, judged = None, 0.0, {}
                 for ratio in wanted:
                     name, extra = parse_method(method)
                     config = PruningConfig(
-                        preset=name, pruning_ratio=ratio, **{"seed": seed, **extra}
+                        preset=name,
+                        pruning_ratio=ratio,
+                        **{"seed": seed, "search_tokens": self.options.search_tokens, **extra},
                     )
                     config = preset(name).resolve(config)
                     try:
@@ -203,7 +215,7 @@ class Harness:
                             seconds = time.perf_counter() - started
                         pruned = copy.deepcopy(self.model)
                         started = time.perf_counter()
-                        planned = make_plan(pruned, calibration, config)
+                        planned = make_plan(pruned, calibration, config, judged=judged)
                         apply_plan(pruned, planned.plan, planned.compensation)
                         spent = time.perf_counter() - started
                         achieved = planned.plan.provenance["achieved_ratio"]
@@ -362,11 +374,18 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="calibration sets")
     parser.add_argument("--train", type=Path, nargs="+", help="text files to calibrate on")
-    parser.add_argument("--test", type=Path, nargs="+", help="text files to score, a document each")
-    parser.add_argument("--split", default=split, choices=["choose", "score"], help="without --test")
+    parser.add_argument(
+        "--test", type=Path, nargs="+", help="text files to score, one document each"
+    )
+    parser.add_argument(
+        "--split", default=split, choices=["choose", "score"], help="without --test"
+    )
     parser.add_argument("--rows", type=int, default=128, help="windows of calibration text")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--score-tokens", type=int, default=60_000, help="at most")
+    parser.add_argument(
+        "--search-tokens", type=int, default=8192, help="to judge drafts and measure sensitivities"
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / out)

@@ -237,7 +237,7 @@ def test_a_calibration_for_another_request_or_model_is_refused():
     calibration = run(model, dry_run=True, preset="paper", allocator="uniform").calibration
     with pytest.raises(CalibrationError, match=r"no transfer entropy of layer 0 .*for another"):
         prune(model, calibration=calibration, pruning_ratio=0.3, **paper)
-    with pytest.raises(CalibrationError, match="no covariances and no curves .*'conditional'"):
+    with pytest.raises(CalibrationError, match=r"no covariances and no curves .*'conditional'"):
         prune(model, calibration=calibration, pruning_ratio=0.3, **FAST)
     whole = run(model, dry_run=True, preset="paper").calibration
     with unchanged(model):

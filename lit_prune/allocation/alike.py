@@ -71,8 +71,8 @@ def alike_choice(
                 break
     if best is None:
         raise BudgetError(
-            f"no equal widths of all layers meet pruning_ratio {budget.config.pruning_ratio:g}: the "
-            f"nearest miss it by {nearest / spec.decoder_parameters:.4f} (channel_multiple "
+            f"no equal widths of all layers meet pruning_ratio {budget.config.pruning_ratio:g}: "
+            f"the nearest miss it by {nearest / spec.decoder_parameters:.4f} (channel_multiple "
             f"{budget.channel_multiple}). Set a smaller channel_multiple, or allow blocks to go."
         )
     return best[1], best[0]

@@ -58,9 +58,7 @@ def global_choice(
     return settled(budget, _allowed(budget, counts), ranking)
 
 
-def ratio_choice(
-    budget: Budget, ratios: Sequence[float], ranking: Ranking
-) -> dict[SubBlock, int]:
+def ratio_choice(budget: Budget, ratios: Sequence[float], ranking: Ranking) -> dict[SubBlock, int]:
     """Remove a given fraction of the units of each layer, then settle on the budget.
 
     Args:

@@ -144,9 +144,7 @@ def replay(
 class _UnitProbes:
     """Moments of the inputs of every output projection, for the one forward inside the ``with``."""
 
-    def __init__(
-        self, parts: DecoderParts, mask: Tensor, place: str, *, covariances: bool
-    ) -> None:
+    def __init__(self, parts: DecoderParts, mask: Tensor, place: str, *, covariances: bool) -> None:
         self.measured: dict[Probed, tuple[int, Tensor, Tensor]] = {}
         self.joints: dict[Probed, tuple[Tensor, Tensor, Tensor]] = {}
         self._parts, self._mask, self._place = parts, mask, place

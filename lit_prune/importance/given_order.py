@@ -49,7 +49,7 @@ def order_damage(
         raise ScoreError("covariance is not positive definite: raise damping.")
     written = weight.double()[:, columns]
     compensated = (written @ factor).square().sum(0)
-    # what column i adds without compensation: itself and, twice, its pairs with what left before it;
+    # what column i adds without compensation: itself and, twice, its pairs with what left before;
     # summed over a unit's columns this is its own block and its blocks with the units before
     products = (written.T @ written) * ordered
     alone = products.diagonal() + 2 * products.tril(-1).sum(0)

@@ -142,7 +142,10 @@ def decide(case: Case) -> Decision:
         counts = settled(case.budget, counts, ranking)
     require_met(case.budget, counts)
     cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
-    decision = Decision.of(counts, ranking, _trace(case, cost, search))
+    trace = _trace(case, cost, search)
+    if not search:
+        trace["settled"] = "no combination of levels fits the window: met by single steps"
+    decision = Decision.of(counts, ranking, trace)
     return replace(decision, damage=damage)
 
 
@@ -152,6 +155,7 @@ def _trace(case: Case, cost: float, search: dict[str, Any] | None = None) -> dic
         "sensitivity": case.config.sensitivity,
         "predicted_damage": cost,
         "searches": [{"cost": cost, **search}] if search else [],
+        **({} if search else {"settled": "by single steps: no combination of levels was searched"}),
     }
 
 
@@ -186,9 +190,7 @@ def _levels(
     return choices, levels
 
 
-def _search(
-    case: Case, levels: list[list[Level]]
-) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
+def _search(case: Case, levels: list[list[Level]]) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
     """Return a record of the search, and the chosen level of each place; none where nothing fits.
 
     A model too coarse for the narrow window is given the whole tolerance.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lit_prune.allocation import Ranking
 from lit_prune.calibration import Needs, Side
-from lit_prune.config import Granularity
+from lit_prune.config import Allocator, Granularity
 from lit_prune.decoder import all_kept
 from lit_prune.errors import ConfigError
 from lit_prune.plan import LayerPlan, PruningPlan
@@ -161,7 +161,7 @@ class Method:
     decide: Callable[[Case], Decision]
     needs: Callable[[PruningConfig], Needs] = lambda _config: Needs()
     granularities: tuple[Granularity, ...] = EVERYTHING
-    allocators: tuple[str, ...] = ("uniform",)
+    allocators: tuple[Allocator, ...] = ("uniform",)
     compensation: Literal["mean", "least_squares", "none"] = "none"
     options: tuple[str, ...] = ()
     deviations: tuple[str, ...] = ()

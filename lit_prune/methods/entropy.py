@@ -60,5 +60,3 @@ def _state_entropy(moments: Tensor, config: PruningConfig) -> Tensor:
     if moments.ndim == 2 and config.estimator != "logdet":
         moments = moments.diagonal()
     return state_entropy(moments, estimator=config.estimator, floor=config.entropy_floor)
-
-

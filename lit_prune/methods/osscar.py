@@ -73,6 +73,7 @@ METHOD = Method(
     source="Meng et al., OSSCAR, ICML 2024",
     decide=decide,
     needs=lambda _config: Needs(covariances=True, curves=True),
+    options=("damping",),
     granularities=("kv_group", "channel"),
     allocators=("uniform",),
     compensation="least_squares",

@@ -130,6 +130,7 @@ METHOD = Method(
     source="Ling et al., SlimGPT, NeurIPS 2024, without fine-tuning",
     decide=decide,
     needs=lambda _config: Needs(covariances=True),
+    options=("damping",),
     granularities=("kv_group", "channel"),
     allocators=("global",),
     compensation="least_squares",

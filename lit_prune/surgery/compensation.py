@@ -112,6 +112,7 @@ def mean_compensation(
     units: Mapping[SubBlock, tuple[Tensor, Tensor]],
     *,
     removed_mean: Literal["add", "drop"] = "add",
+    weights: str | None = None,
 ) -> Compensation:
     """Return the mean output of everything that ``plan`` cuts: ``W[:, cut] @ E[x_cut]``.
 
@@ -122,6 +123,7 @@ def mean_compensation(
         plan: What stays.
         units: Mean and variance of the inputs of the output projections (`Calibration.units`).
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
+        weights: `weights_digest` of the model, where it is known.
 
     References:
         An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (FLAP),
@@ -146,7 +148,7 @@ def mean_compensation(
         if not kept and linear.bias is not None:
             constant = constant + linear.bias.detach().double().cpu()
         constants[place] = constant
-    return Compensation(constants, plan.digest, weights_digest(model))
+    return Compensation(constants, plan.digest, weights or weights_digest(model))
 
 
 def _kind(name: str) -> SubBlockKind:

@@ -33,6 +33,7 @@ def least_squares_compensation(
     *,
     damping: float = 0.01,
     removed_mean: Literal["add", "drop"] = "add",
+    weights: str | None = None,
 ) -> Compensation:
     """Fold ``E[x_cut | x_kept]`` into the columns that stay, its constant part into the bias.
 
@@ -50,6 +51,7 @@ def least_squares_compensation(
             them, ``damping``.
         damping: As a fraction of the mean variance.
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
+        weights: `weights_digest` of the model, where it is known.
 
     A covariance that cannot be inverted leaves the mean in its place, and says so in ``notes``.
 
@@ -58,9 +60,9 @@ def least_squares_compensation(
         GRAIL, arXiv 2602.23795 (the same from the Gram matrix, towards zero; ours is centred and
         ridged towards the original weights).
     """
-    mean = mean_compensation(model, plan, units, removed_mean=removed_mean)
+    mean = mean_compensation(model, plan, units, removed_mean=removed_mean, weights=weights)
     spec, parts = spec_for(model), DecoderParts(model)
-    constants, weights = dict(mean.constants), {}
+    constants, folded = dict(mean.constants), {}
     chosen: dict[str, dict[str, float | None]] = {}
     refused: list[str] = []
     for index, part in spec.sub_blocks:
@@ -81,10 +83,14 @@ def least_squares_compensation(
         if found.weight is not None:
             means = units[place][0].to(device)
             # float32 is what is kept, and every dtype below: the constant fits the rounded weights
-            weights[place] = found.weight.float().cpu()
+            folded[place] = found.weight.float().cpu()
             rounded = found.weight.float().double()
             constants[place] = (weight @ means - rounded @ means[columns]).cpu()
-    alone = [name for name, facts in chosen.items() if facts["damping"] is None]
+    alone = [
+        name
+        for name, facts in chosen.items()
+        if facts["damping"] is None and (held_out is not None or name not in refused)
+    ]
     notes = []
     if refused:
         notes.append(
@@ -96,9 +102,7 @@ def least_squares_compensation(
             f"{len(alone)} sub-blocks keep the mean alone, which was no worse on held-out text "
             f"than least squares: {', '.join(alone)}"
         )
-    return Compensation(
-        constants, plan.digest, mean.weights_digest, weights, chosen, tuple(notes)
-    )
+    return Compensation(constants, plan.digest, mean.weights_digest, folded, chosen, tuple(notes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,9 +43,7 @@ def test_law_5_every_road_gives_the_same_plan(tmp_path, options):
         "again": by_prune(tmp_path, ROWS, **options),
         "validate": by_validate(tmp_path, ROWS, **options),
         "fit": by_fit(tmp_path, ROWS, **options),
-        "one by one, unpadded": by_validate(
-            tmp_path, ROWS, loaded=loader(ROWS, 1), **options
-        ),
+        "one by one, unpadded": by_validate(tmp_path, ROWS, loaded=loader(ROWS, 1), **options),
         "padded on the left, turned": by_fit(
             tmp_path, ROWS, loaded=loader(turned, 5, side="left", extra=3), **options
         ),
