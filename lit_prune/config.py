@@ -84,6 +84,8 @@ class PruningConfig:
         sensitivity: Method. What weighs the damage curves of ``conditional``: the ``kl`` to the
             dense model, increase of ``nll``, ``frobenius`` norm of the change of the final hidden
             state, ``transfer_entropy`` of each whole sub-block, or ``none``.
+        verify_rounds: Method. Rounds in which ``conditional`` corrects its predictions by measured
+            losses of the choose text; one forward over that text for each sub-block and round.
         damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
             inverted.
         seed: Seed of K-means and of random choices.
@@ -133,6 +135,7 @@ class PruningConfig:
     node_limit: int = 1_000_000
     unit_score: Literal["conditional", "entropy", "fluctuation", "random"] = "conditional"
     sensitivity: Literal["kl", "nll", "frobenius", "transfer_entropy", "none"] = "kl"
+    verify_rounds: int = 0
     damping: float = 0.01
     seed: int = 0
 
@@ -197,7 +200,8 @@ class PruningConfig:
 
     def _check_integer(self, name: str) -> None:
         value = getattr(self, name)
-        least = {"num_clusters": 2, "seed": 0, "latency_prompt_tokens": 0}.get(name, 1)
+        others = {"num_clusters": 2, "seed": 0, "latency_prompt_tokens": 0, "verify_rounds": 0}
+        least = others.get(name, 1)
         if value is None and "None" in str(self.__dataclass_fields__[name].type):
             return
         if not _is_integer(value) or value < least:

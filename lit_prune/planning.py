@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from lit_prune.config import PruningConfig
     from lit_prune.methods import Kept
     from lit_prune.plan import PruningPlan
+    from lit_prune.surgery.least_squares import Solved
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +203,7 @@ def make_plan(
     memory = {} if judged is None else judged
     # hashed once, not for every draft
     digest = None if config.compensation == "none" else weights_digest(model)
+    solved: dict[SubBlock, dict[tuple[int, ...], Solved]] = {}
 
     def compensation_of(plan: PruningPlan) -> Compensation | None:
         if config.compensation == "none":
@@ -223,6 +225,7 @@ def make_plan(
             damping=config.damping,
             removed_mean=config.removed_mean,
             weights=digest,
+            solved=solved,
         )
 
     def judge(kept: Kept, side: Side) -> float:

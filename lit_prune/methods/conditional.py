@@ -38,6 +38,7 @@ from lit_prune.importance import damped, order_damage
 from lit_prune.methods import flap, random
 from lit_prune.methods.decision import CONDITIONAL_OPTIONS, EVERYTHING, Decision, Method
 from lit_prune.methods.entropy import entropy_scores
+from lit_prune.methods.refine import refine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -126,36 +127,52 @@ def decide(case: Case) -> Decision:
         rank[curve[1:, 0].long()] = torch.arange(len(rank), dtype=torch.float64)
         ranks[place] = rank.numpy()
     ranking = Ranking(ranks, dict.fromkeys(ranks, 1))
-    whole = all_kept(case.spec)
     damage = predicted_damage(case, curves)
+    counts, search = _allocate(case, damage, ranking)
+    trace = _trace(case, damage, counts, search)
+    if case.config.verify_rounds:
+        counts, rounds = refine(
+            case, damage, counts, ranking, lambda draft: _allocate(case, draft, ranking)[0]
+        )
+        trace["verified"] = rounds
+    return replace(Decision.of(counts, ranking, trace), damage=damage)
+
+
+def _allocate(
+    case: Case, damage: Mapping[SubBlock, Tensor], ranking: Ranking
+) -> tuple[dict[SubBlock, int], dict[str, Any]]:
+    """Return the counts of least predicted damage, and a record of how they were found."""
     if case.config.allocator == "uniform_widths":
         lists = {place: values.tolist() for place, values in damage.items()}
-        counts, cost = alike_choice(case.budget, lists)
-        return replace(Decision.of(counts, ranking, _trace(case, cost)), damage=damage)
+        return alike_choice(case.budget, lists)[0], {}
     choices, levels = _levels(case, damage)
     search, chosen = _search(case, levels)
-    counts = dict(whole)
+    counts = all_kept(case.spec)
     for options, level in zip(choices, chosen, strict=False):
         counts |= options[level]
     if not case.budget.met_by(counts):
         # nothing was found, or sizes of whole sub-blocks are out by their neighbours' biases
         counts = settled(case.budget, counts, ranking)
     require_met(case.budget, counts)
-    cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
-    trace = _trace(case, cost, search)
     if not search:
-        trace["settled"] = "no combination of levels fits the window: met by single steps"
-    decision = Decision.of(counts, ranking, trace)
-    return replace(decision, damage=damage)
+        return counts, {"settled": "no combination of levels fits the window: met by single steps"}
+    return counts, search
 
 
-def _trace(case: Case, cost: float, search: dict[str, Any] | None = None) -> dict[str, Any]:
+def _trace(
+    case: Case,
+    damage: Mapping[SubBlock, Tensor],
+    counts: Mapping[SubBlock, int],
+    search: dict[str, Any],
+) -> dict[str, Any]:
+    whole = all_kept(case.spec)
+    cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
     return {
         "allocator": case.config.allocator,
         "sensitivity": case.config.sensitivity,
         "predicted_damage": cost,
-        "searches": [{"cost": cost, **search}] if search else [],
-        **({} if search else {"settled": "by single steps: no combination of levels was searched"}),
+        "searches": [{"cost": cost, **search}] if "nodes" in search else [],
+        **({"settled": search["settled"]} if "settled" in search else {}),
     }
 
 

@@ -46,6 +46,7 @@ CONDITIONAL_OPTIONS = (
     "search_tolerance",
     "unit_score",
     "sensitivity",
+    "verify_rounds",
     "damping",
 )
 METHOD_OPTIONS = tuple(dict.fromkeys(PAPER_OPTIONS + CONDITIONAL_OPTIONS))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Multiples of the requested damping that are tried on held-out text.
 _DAMPING_FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
+# Solutions of one sub-block that are kept from draft to draft: a wide one is hundreds of megabytes.
+_REMEMBERED = 3
+
 
 def least_squares_compensation(
     model: PreTrainedModel,
@@ -34,6 +37,7 @@ def least_squares_compensation(
     damping: float = 0.01,
     removed_mean: Literal["add", "drop"] = "add",
     weights: str | None = None,
+    solved: dict[SubBlock, dict[tuple[int, ...], Solved]] | None = None,
 ) -> Compensation:
     """Fold ``E[x_cut | x_kept]`` into the columns that stay, its constant part into the bias.
 
@@ -52,6 +56,8 @@ def least_squares_compensation(
         damping: As a fraction of the mean variance.
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
         weights: `weights_digest` of the model, where it is known.
+        solved: Sub-blocks that were solved before, by what they keep; read and added to, the last
+            few of each are kept. Drafts that differ in one sub-block then cost one solution.
 
     A covariance that cannot be inverted leaves the mean in its place, and says so in ``notes``.
 
@@ -77,7 +83,12 @@ def least_squares_compensation(
         columns = unit_columns(kept, part.unit_width).to(device)
         covariance = covariances[place].to(device)
         other = None if held_out is None else held_out[place].to(device)
-        found = _best(weight, columns, covariance, other, damping)
+        known = {} if solved is None else solved.setdefault(place, {})
+        if kept not in known:
+            known[kept] = _best(weight, columns, covariance, other, damping)
+            if len(known) > _REMEMBERED:
+                del known[next(iter(known))]
+        found = known[kept]
         chosen[name] = {"damping": found.damping, "condition_number_at_most": found.condition}
         refused += [name] * found.refused
         if found.weight is not None:
@@ -106,7 +117,7 @@ def least_squares_compensation(
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class Solved:
     """The choice for one sub-block: its weights and damping, or None for the mean alone."""
 
     weight: Tensor | None
@@ -117,8 +128,8 @@ class _Found:
 
 def _best(
     weight: Tensor, columns: Tensor, covariance: Tensor, held_out: Tensor | None, damping: float
-) -> _Found:
-    best, least, refused = _Found(None, None, None, False), math.inf, False
+) -> Solved:
+    best, least, refused = Solved(None, None, None, False), math.inf, False
     if held_out is not None:
         least = output_error(held_out, weight, weight[:, columns], columns)
     for factor in (1.0,) if held_out is None else _DAMPING_FACTORS:
@@ -131,7 +142,7 @@ def _best(
         error = 0.0 if held_out is None else output_error(held_out, weight, new, columns)
         if error < least:
             least = error
-            best = _Found(new, damping * factor, _condition_bound(noisy, covariance), False)
+            best = Solved(new, damping * factor, _condition_bound(noisy, covariance), False)
     return replace(best, refused=refused)
 
 

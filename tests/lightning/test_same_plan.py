@@ -28,14 +28,14 @@ def by_fit(folder, rows, *, loaded=None, run=None, **options):
     return callback.plan_
 
 
-OPTIONS = [
+ROADS = [
     {"preset": "conditional"},
     {"preset": "paper"},
     {"preset": "paper", "allocator": "uniform"},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", ROADS, ids=str)
 def test_law_5_every_road_gives_the_same_plan(tmp_path, options):
     turned = ROWS[::-1]
     plans = {
