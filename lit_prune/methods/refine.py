@@ -1,4 +1,4 @@
-"""Correcting predicted damage where a plan stands: real losses of its neighbours, then plan again."""
+"""Predicted damage corrected by the measured losses of a plan's neighbours; then plan again."""
 
 from __future__ import annotations
 
