@@ -66,7 +66,10 @@ def test_the_interval_is_paired():
     ("text", "wanted"),
     [
         ("flap", ("flap", {})),
-        ("paper:num_clusters=4,cap_clusters=false", ("paper", {"num_clusters": 4, "cap_clusters": False})),
+        (
+            "paper:num_clusters=4,cap_clusters=false",
+            ("paper", {"num_clusters": 4, "cap_clusters": False}),
+        ),
         ("x:granularities=kv_group+channel", ("x", {"granularities": ["kv_group", "channel"]})),
         ("x:granularities=block,damping=0.1", ("x", {"granularities": ["block"], "damping": 0.1})),
     ],
