@@ -33,4 +33,8 @@ METHOD = Method(
     decide=decide,
     granularities=("sub_block",),
     allocators=("greedy",),
+    deviations=(
+        "Drafts are judged on the first search_tokens of the calibrate side; its code uses 256 "
+        "samples.",
+    ),
 )

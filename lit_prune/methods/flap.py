@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from lit_prune.methods.decision import Method
 from lit_prune.methods.scored import UNITS, by_score, output_weights
-from lit_prune.methods.wanda import METHOD_LS as WANDA_LS
+from lit_prune.methods.wanda import GRAIL_DEVIATIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,11 +49,12 @@ METHOD = Method(
     allocators=("global", "uniform"),
     compensation="mean",
     deviations=(
-        "The variance is over all tokens; its code adds variances within samples and skips the "
-        "first.",
+        "The variance is over all tokens; its code adds squared deviations from a running mean, "
+        "row k weighted (k - 1) / k (the first by 0), so that it depends on the order of rows.",
         "A unit is weighed by the parameters that leave with it (its code: 512/3 channels to a "
         "head, true of multi-head attention with heads of 128 only).",
-        "Counts are rounded to channel_multiple and settled on the ratio.",
+        "Counts are rounded to channel_multiple and settled on the ratio, against which the added "
+        "biases count; every sub-block keeps at least one unit.",
     ),
 )
 METHOD_LS = replace(
@@ -61,5 +62,5 @@ METHOD_LS = replace(
     name="flap_ls",
     source=f"{METHOD.source}, with the Gram compensation of GRAIL (arXiv 2602.23795)",
     compensation="least_squares",
-    deviations=(*METHOD.deviations, *WANDA_LS.deviations),
+    deviations=(*METHOD.deviations, *GRAIL_DEVIATIONS),
 )

@@ -36,4 +36,8 @@ METHOD = Method(
     decide=decide,
     granularities=("block",),
     allocators=("greedy",),
+    deviations=(
+        "Drafts are judged on the first search_tokens of the calibrate side; its code uses all of "
+        "its text.",
+    ),
 )

@@ -33,6 +33,12 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
     return summed(case, columns)
 
 
+# Of every preset that adds the compensation of GRAIL to another paper's units.
+GRAIL_DEVIATIONS = (
+    "Least squares is centred (with a bias), ridged towards the original weights, and its "
+    "damping is chosen on held-out text for each sub-block; GRAIL's is not centred and ridged "
+    "towards zero. Covariances are of the dense model, not of the pruned prefix.",
+)
 METHOD = Method(
     name="wanda",
     source="Sun et al., A Simple and Effective Pruning Approach for LLMs (Wanda), ICLR 2024, in "
@@ -40,15 +46,17 @@ METHOD = Method(
     decide=by_score(score),
     granularities=UNITS,
     allocators=("uniform", "global"),
+    deviations=(
+        "Activations are of the dense model; the code of Wanda-sp recomputes each layer's input "
+        "from the pruned prefix.",
+        "Counts meet the ratio over all parameters; its code removes int(ratio * units) of each "
+        "kind.",
+    ),
 )
 METHOD_LS = replace(
     METHOD,
     name="wanda_ls",
     source=f"{METHOD.source}, with the Gram compensation of GRAIL (arXiv 2602.23795)",
     compensation="least_squares",
-    deviations=(
-        "Least squares is centred (with a bias), ridged towards the original weights, and its "
-        "damping is chosen on held-out text for each sub-block; GRAIL's is not centred and ridged "
-        "towards zero. Covariances are of the dense model, not of the pruned prefix.",
-    ),
+    deviations=(*METHOD.deviations, *GRAIL_DEVIATIONS),
 )
