@@ -36,3 +36,10 @@ def test_functions_take_turns():
     calls = []
     benchmark.alternate(2, lambda: calls.append("a"), lambda: calls.append("b"))
     assert calls == ["a", "b"] * 3
+
+
+def test_the_cost_of_the_default_preset_is_measured(run_recipe, tmp_path):
+    stdout = run_recipe("benchmark_conditional.py", "--quick", cwd=tmp_path)
+    found = dict(line.split(": ", 1) for line in stdout.splitlines() if ": " in line)
+    for name in ("pruning / forward", "covariances / products", "peak rise / weights"):
+        assert float(found[name]) > 0
