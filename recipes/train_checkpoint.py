@@ -51,6 +51,16 @@ CONTEXT_LENGTH = 512
 VOCABULARY_SIZE = 4096
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 
+# Grouped-query attention: four KV groups of two query heads.
+SHAPE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+}
+
 # GPT-2's pattern, changed for source code: a newline takes the indentation after it along, a word
 # its underscores; so a line start and an identifier can become one token each.
 PRE_TOKENS = r"""\r?\n[ \t]*|[^\S\r\n]*\p{N}{1,3}| ?[\p{L}_]+| ?[^\s\p{L}\p{N}_]+|[^\S\r\n]+"""
@@ -107,16 +117,11 @@ def train_tokenizer(documents: Dataset) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the untrained model (grouped-query attention, tied embeddings) in float32."""
+def build_model(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaForCausalLM:
+    """Return the untrained model (tied embeddings) in float32; ``shape`` as in `LlamaConfig`."""
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=24,
+        **shape,
         hidden_act="silu",
         rms_norm_eps=1e-5,
         max_position_embeddings=CONTEXT_LENGTH,
@@ -412,7 +417,7 @@ def main() -> None:
         split: torch.tensor(pack(dataset, tokenizer, CONTEXT_LENGTH)["input_ids"][:])
         for split, dataset in documents.items()
     }
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, **SHAPE)
     record = describe(recipe, documents, blocks) | {"num_parameters": model.num_parameters()}
     logger.info("%s", json.dumps(record))
 
