@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Allocator = Literal["depth_first", "greedy", "uniform", "global", "joint", "uniform_widths"]
 Granularity = Literal["block", "sub_block", "kv_group", "channel"]
+UnitScore = Literal["conditional", "entropy", "fluctuation", "random", "activation", "gradient"]
+Sensitivity = Literal["kl", "nll", "frobenius", "transfer_entropy", "none"]
 # Requested and achieved pruning ratio differ by at most this, or it is an error.
 RATIO_TOLERANCE = 0.005
 
@@ -62,8 +64,9 @@ class PruningConfig:
         ratio_strength: Method. Slope of ``rank`` and ``zscore``.
         num_clusters: Method. K of K-means. None: 3 up to a ratio of 0.35, 6 from 0.45, between them
             whichever of the two is better on the choose text.
-        clustering: Method. ``kmeans`` (scikit-learn, fixed seed) or ``exact`` (one-dimensional
-            dynamic programme).
+        clustering: Method. Which units of a layer are low: the lowest cluster of ``kmeans``
+            (scikit-learn, fixed seed) or of ``exact`` (one-dimensional dynamic programme), or all
+            below the layer's mean (``mean_threshold``, which has no ``num_clusters``).
         kv_group_score: Method. ``sum`` or ``mean`` of the entropies of a KV group's channels.
         cap_clusters: Method. A block loses never more units than its ratio allows; the search takes
             the shortfall.
@@ -78,12 +81,15 @@ class PruningConfig:
         search_tolerance: Method. Fraction of the decoder parameters that the search may leave to
             single channels.
         node_limit: Nodes that the depth-first search may visit.
-        unit_score: Method. In which order units leave under ``conditional``: by ``conditional``
-            entropy, marginal ``entropy``, ``fluctuation`` (FLAP's) or at ``random``; all but the
-            first are controls.
-        sensitivity: Method. What weighs the damage curves of ``conditional``: the ``kl`` to the
-            dense model, increase of ``nll``, ``frobenius`` norm of the change of the final hidden
-            state, ``transfer_entropy`` of each whole sub-block, or ``none``.
+        unit_score: Method. In which order units leave; None: the preset's own. Under
+            ``conditional`` by ``conditional`` entropy, or as controls by marginal ``entropy``,
+            ``fluctuation`` (FLAP's) or at ``random``. Under ``paper`` by ``entropy``, or as
+            controls by magnitude of ``activation`` or ``gradient``.
+        sensitivity: Method. What the loss of a whole sub-block (or block) is worth; None: the
+            preset's own. ``conditional`` weighs its damage curves by the ``kl`` to the dense model,
+            increase of ``nll``, ``frobenius`` norm of the change of the final hidden state,
+            ``transfer_entropy``, or ``none``. ``paper`` goes by ``transfer_entropy`` or
+            ``frobenius``.
         verify_rounds: Method. Rounds in which ``conditional`` corrects its predictions by measured
             losses of the choose text; one forward over that text for each sub-block and round.
         damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
@@ -125,7 +131,7 @@ class PruningConfig:
     ratio_temperature: float = 1.0
     ratio_strength: float = 0.5
     num_clusters: int | None = None
-    clustering: Literal["kmeans", "exact"] = "kmeans"
+    clustering: Literal["kmeans", "exact", "mean_threshold"] = "kmeans"
     kv_group_score: Literal["sum", "mean"] = "sum"
     cap_clusters: bool = True
     stage_order: Literal["fine_first", "coarse_first"] = "fine_first"
@@ -133,8 +139,8 @@ class PruningConfig:
     removed_mean: Literal["add", "drop"] = "add"
     search_tolerance: float = 0.0015
     node_limit: int = 1_000_000
-    unit_score: Literal["conditional", "entropy", "fluctuation", "random"] = "conditional"
-    sensitivity: Literal["kl", "nll", "frobenius", "transfer_entropy", "none"] = "kl"
+    unit_score: UnitScore | None = None
+    sensitivity: Sensitivity | None = None
     verify_rounds: int = 0
     damping: float = 0.01
     seed: int = 0
@@ -183,6 +189,11 @@ class PruningConfig:
             "damping",
         ):
             self._check_number(name)
+        if self.clustering == "mean_threshold" and self.num_clusters is not None:
+            raise ConfigError(
+                f"num_clusters {self.num_clusters} has no meaning under clustering "
+                "'mean_threshold': leave one of the two out."
+            )
         if not isinstance(self.cap_clusters, bool):
             raise ConfigError(f"cap_clusters must be true or false, got {self.cap_clusters!r}.")
         for name in ("preset", "language_model"):

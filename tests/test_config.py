@@ -57,6 +57,11 @@ BAD = [
     ({"channel_multiple": 0}, "channel_multiple must be an integer of at least 1, got 0"),
     ({"channel_multiple": 8.0}, "channel_multiple must be an integer"),
     ({"min_kv_groups": 0}, "min_kv_groups must be an integer of at least 1"),
+    ({"unit_score": "magnitude"}, "unit_score must be one of .*got 'magnitude'"),
+    (
+        {"clustering": "mean_threshold", "num_clusters": 3},
+        "num_clusters 3 has no meaning under clustering 'mean_threshold'",
+    ),
     ({"num_clusters": 1}, "num_clusters must be an integer of at least 2"),
     ({"node_limit": True}, "node_limit must be an integer"),
     ({"node_limit": None}, "node_limit must be an integer"),

@@ -2,7 +2,7 @@
 
 from lit_prune.allocation.alike import alike_choice
 from lit_prune.allocation.budget import Budget, make_budget
-from lit_prune.allocation.clusters import cluster_ladder, lowest_cluster
+from lit_prune.allocation.clusters import cluster_ladder, lowest_cluster, mean_ladder
 from lit_prune.allocation.depth_first import depth_first
 from lit_prune.allocation.greedy import greedy
 from lit_prune.allocation.joint import JointSelection, Level, joint_search
@@ -29,6 +29,7 @@ __all__ = [
     "joint_search",
     "lowest_cluster",
     "make_budget",
+    "mean_ladder",
     "meet",
     "ratio_choice",
     "reachable_totals",

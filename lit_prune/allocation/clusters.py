@@ -90,19 +90,7 @@ def cluster_ladder(
             f"num_clusters must be at least 2, got {num_clusters!r}: a single cluster holds "
             "every unit."
         )
-    values = np.asarray(entropy, np.float64)
-    if values.ndim != 1:
-        raise ScoreError(
-            f"unit entropies must be one value for each unit, got shape {values.shape}."
-        )
-    if not np.isfinite(values).all():
-        unit = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ScoreError(f"entropy of unit {unit} is {values[unit]}; expected finite (nats).")
-    if not len(values):
-        return ()
-    # Clustering the distinct values with their counts keeps equals together and forgets the units'
-    # order.
-    distinct, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    distinct, inverse, counts = _distinct(entropy)
     if len(distinct) <= num_clusters:
         label = np.arange(len(distinct))
     else:
@@ -115,8 +103,49 @@ def cluster_ladder(
             label = _exact_labels(scaled, weight, num_clusters)
         else:
             label = _kmeans_labels(scaled, weight, num_clusters, seed)
-    of_unit = label[inverse]
-    clusters = (np.flatnonzero(of_unit == k) for k in range(int(label[-1]) + 1))
+    return _ladder(label[inverse])
+
+
+def mean_ladder(
+    entropy: Sequence[float] | npt.NDArray[np.floating],
+) -> tuple[tuple[int, ...], ...]:
+    """Units below the mean, then the others: the threshold that the paper compares K-means with.
+
+    Arguments and errors as in `cluster_ladder`; units that are all equal are one step.
+
+    Example:
+        >>> mean_ladder([0.1, 5.0, 0.2, 4.9, 9.0])
+        ((0, 2), (1, 3, 4))
+    """
+    distinct, inverse, counts = _distinct(entropy)
+    if not len(distinct):
+        return ()
+    # rounding must not put the largest value below the mean
+    mean = min(np.average(distinct, weights=counts), distinct[-1])
+    return _ladder((distinct >= mean).astype(np.int64)[inverse])
+
+
+def _distinct(
+    entropy: Sequence[float] | npt.NDArray[np.floating],
+) -> tuple[Vector, Indices, Indices]:
+    """Return the sorted distinct values, which of them each unit has, and how many units have each.
+
+    Working on these keeps equal units together and forgets the units' order.
+    """
+    values = np.asarray(entropy, np.float64)
+    if values.ndim != 1:
+        raise ScoreError(
+            f"unit entropies must be one value for each unit, got shape {values.shape}."
+        )
+    if not np.isfinite(values).all():
+        unit = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise ScoreError(f"entropy of unit {unit} is {values[unit]}; expected finite (nats).")
+    return np.unique(values, return_inverse=True, return_counts=True)
+
+
+def _ladder(label: Indices) -> tuple[tuple[int, ...], ...]:
+    """Return the units of each label, lowest first, labels without units left out."""
+    clusters = (np.flatnonzero(label == k) for k in range(int(label.max(initial=-1)) + 1))
     return tuple(tuple(units.tolist()) for units in clusters if len(units))
 
 

@@ -50,6 +50,7 @@ class Calibration:
         full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a
             replay.
         bypassed: The same with each block, attention and MLP bypassed.
+        changes: Mean squared Euclidean norm of the change of that state by each bypass, scalars.
         covariances: Covariance of the inputs that ``units`` describes, ``[width, width]`` each.
         held_out: Second moments of the same inputs on the choose side, about the same means.
         curves: Damage curve of each sub-block, ``[units + 1, 3]``: in row r the unit that leaves as
@@ -69,6 +70,7 @@ class Calibration:
     units: dict[Probed, tuple[Tensor, Tensor]]
     full: Tensor | None = None
     bypassed: dict[Unit, Tensor] | None = None
+    changes: dict[Unit, Tensor] | None = None
     covariances: dict[Probed, Tensor] | None = None
     held_out: dict[Probed, Tensor] | None = None
     curves: dict[Probed, Tensor] | None = None
@@ -99,6 +101,7 @@ class Calibration:
             units=replayed.units,
             full=replayed.full,
             bypassed=replayed.bypassed or None,
+            changes=replayed.changes or None,
             covariances=replayed.covariances or None,
             target=replayed.target,
             source="replay",
@@ -109,6 +112,7 @@ class Calibration:
         wanted = {
             "covariances": needs.covariances,
             "curves": needs.curves,
+            "changes": needs.changes,
             "sensitivities": needs.sensitivities,
             "taylor": needs.taylor,
             "similarities": needs.residuals,
@@ -157,6 +161,8 @@ class Calibration:
             tensors["state.full"] = self.full
         for unit, state in (self.bypassed or {}).items():
             tensors[f"state.{unit.layer}.{unit.kind}"] = state
+        for unit, change in (self.changes or {}).items():
+            tensors[f"change.{unit.layer}.{unit.kind}"] = change
         for name in _BY_PLACE:
             for (layer, kind), tensor in (getattr(self, name) or {}).items():
                 tensors[f"{name}.{layer}.{kind}"] = tensor
@@ -200,6 +206,7 @@ class Calibration:
         ids, scored = tensors["rows.ids"].split(lengths), tensors["rows.scored"].split(lengths)
         units: dict[Probed, tuple[Tensor, Tensor]] = {}
         bypassed: dict[Unit, Tensor] = {}
+        changes: dict[Unit, Tensor] = {}
         by_place: dict[str, dict[Probed, Tensor]] = {}
         for name, tensor in tensors.items():
             match name.split("."):
@@ -207,6 +214,8 @@ class Calibration:
                     units[int(layer), kind] = (tensor, tensors[f"units.{layer}.{kind}.variance"])
                 case ["state", layer, ("block" | "attention" | "mlp") as kind]:
                     bypassed[Unit(int(layer), kind)] = tensor
+                case ["change", layer, ("block" | "attention" | "mlp") as kind]:
+                    changes[Unit(int(layer), kind)] = tensor
                 case [group, layer, ("attention" | "mlp") as kind] if group in _BY_PLACE:
                     by_place.setdefault(group, {})[int(layer), kind] = tensor
         texts = (header["model_fingerprint"], header["source"], header["target"], *header["notes"])
@@ -218,6 +227,7 @@ class Calibration:
             units=dict(sorted(units.items())),
             full=tensors.get("state.full"),
             bypassed=dict(sorted(bypassed.items())) or None,
+            changes=dict(sorted(changes.items())) or None,
             similarities=tensors.get("similarities"),
             **{group: dict(sorted(found.items())) for group, found in by_place.items()},
             target=header["target"],

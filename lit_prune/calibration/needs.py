@@ -13,6 +13,8 @@ class Needs:
 
     Attributes:
         bypasses: Kinds of units whose transfer entropy is asked for.
+        changes: What each of these bypasses does to the final hidden state itself; measured with
+            their transfer entropy.
         covariances: Covariance of the inputs of every output projection.
         curves: Damage curve of every sub-block (from its covariance).
         sensitivities: What the loss of each whole sub-block does to the model's output.
@@ -22,10 +24,11 @@ class Needs:
 
     Example:
         >>> Needs(covariances=True) | Needs(taylor=True)
-        Needs(bypasses=(), covariances=True, curves=False, sensitivities=False, taylor=True, ...)
+        Needs(bypasses=(), changes=False, covariances=True, curves=False, ..., taylor=True, ...)
     """
 
     bypasses: tuple[BypassKind, ...] = ()
+    changes: bool = False
     covariances: bool = False
     curves: bool = False
     sensitivities: bool = False
@@ -36,6 +39,7 @@ class Needs:
         """Return what either asks for."""
         return Needs(
             bypasses=(*self.bypasses, *(k for k in other.bypasses if k not in self.bypasses)),
+            changes=self.changes or other.changes,
             covariances=self.covariances or other.covariances,
             curves=self.curves or other.curves,
             sensitivities=self.sensitivities or other.sensitivities,

@@ -40,6 +40,8 @@ class Replayed:
         bypassed: The same with each unit bypassed.
         target: Where the final hidden state was read.
         covariances: Covariance of the same inputs, ``[width, width]``; empty where not asked for.
+        changes: Mean squared Euclidean norm of the change of the final hidden state when a unit is
+            bypassed, a scalar each.
     """
 
     units: dict[Probed, tuple[Tensor, Tensor]]
@@ -47,6 +49,7 @@ class Replayed:
     bypassed: dict[Unit, Tensor]
     target: TransferTarget = "after_norm"
     covariances: dict[Probed, Tensor] = field(default_factory=dict)
+    changes: dict[Unit, Tensor] = field(default_factory=dict)
 
 
 def replay(
@@ -94,6 +97,7 @@ def replay(
     }
     moments: dict[Probed, ChannelMoments] = {}
     joints: dict[Probed, ChannelCovariance] = {}
+    squares = {unit: torch.zeros((), dtype=torch.float64) for unit in bypass}
     bar = tqdm(
         total=rows.num_batches(side, max_tokens) * (1 + len(bypass)),
         desc="Calibrating (replay)",
@@ -111,15 +115,21 @@ def replay(
                 bar.update()
                 # merged below, after the whole batch, so that a failure adds none of it
                 found: dict[Unit | None, Any] = {}
+                changed: dict[Unit, Tensor] = {}
+                whole = _final(parts, run.output, mask, target) if bypass else run.output
                 for unit in states if bypass else ():
                     hidden = run.output if unit is None else run.without(unit)
-                    final = _final(parts, hidden, mask, target)
+                    final = whole if unit is None else _final(parts, hidden, mask, target)
                     metric = states[unit]
                     found[unit] = part = metric.measure(final)
                     if not bool(torch.isfinite(part[2]).all()):
                         name = "the final hidden state" + (f" without {unit}" if unit else "")
                         raise CalibrationError(describe_non_finite(hidden, name, place, model))
-                    bar.update(unit is not None)
+                    if unit is not None:
+                        # one token's norm in float32, tokens in float64
+                        change = (final.float() - whole.float()).square().sum(-1)
+                        changed[unit] = change.double().sum().cpu()
+                        bar.update()
             except torch.OutOfMemoryError as error:
                 raise CalibrationError(
                     f"out of memory in replayed batch {number} ({list(mask.shape)} rows x tokens): "
@@ -132,12 +142,15 @@ def replay(
                 joints.setdefault(probed, ChannelCovariance(len(joint_part[1]))).update(joint_part)
             for unit, part in found.items():
                 states[unit].update(part)
+            for unit, square in changed.items():
+                squares[unit] += square
     return Replayed(
         {probed: moments[probed].result() for probed in sorted(moments)},
         _state(states[None]) if bypass else None,
         {unit: _state(states[unit]) for unit in bypass},
         target,
         {probed: joints[probed].result() for probed in sorted(joints)},
+        {unit: square / rows.num_tokens(side) for unit, square in squares.items()},
     )
 
 

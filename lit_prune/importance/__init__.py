@@ -16,6 +16,7 @@ from lit_prune.importance.gaussian import (
     unit_entropy,
 )
 from lit_prune.importance.given_order import order_damage
+from lit_prune.importance.magnitude import unit_magnitude
 
 __all__ = [
     "DamageCurve",
@@ -31,4 +32,5 @@ __all__ = [
     "state_entropy",
     "transfer_entropy",
     "unit_entropy",
+    "unit_magnitude",
 ]

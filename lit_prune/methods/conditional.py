@@ -242,5 +242,9 @@ METHOD = Method(
     granularities=EVERYTHING,
     allocators=("joint", "uniform_widths"),
     options=CONDITIONAL_OPTIONS,
+    choices={
+        "unit_score": ("conditional", "entropy", "fluctuation", "random"),
+        "sensitivity": ("kl", "nll", "frobenius", "transfer_entropy", "none"),
+    },
     compensation="least_squares",
 )

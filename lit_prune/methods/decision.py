@@ -40,6 +40,8 @@ PAPER_OPTIONS = (
     "stage_order",
     "exact_hit",
     "search_tolerance",
+    "unit_score",
+    "sensitivity",
 )
 CONDITIONAL_OPTIONS = (
     *ENTROPY_OPTIONS,
@@ -154,6 +156,8 @@ class Method:
         allocators: Ways to distribute the budget that it knows; the first is the paper's.
         compensation: What the paper puts in place of what was cut.
         options: Fields of the request marked "Method" that the method reads.
+        choices: Values that it knows of those among them that other methods read, too; the first is
+            the paper's.
         deviations: Where this implementation differs from the paper or its code, in words.
     """
 
@@ -165,6 +169,7 @@ class Method:
     allocators: tuple[Allocator, ...] = ("uniform",)
     compensation: Literal["mean", "least_squares", "none"] = "none"
     options: tuple[str, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     deviations: tuple[str, ...] = ()
 
     def resolve(self, config: PruningConfig) -> PruningConfig:
@@ -186,11 +191,19 @@ class Method:
                 f"preset {self.name!r} knows the allocators {list(self.allocators)}, got "
                 f"{allocator!r}."
             )
+        own: dict[str, Any] = {}
+        for option, known in self.choices.items():
+            own[option] = getattr(config, option) or known[0]
+            if own[option] not in known:
+                raise ConfigError(
+                    f"preset {self.name!r} knows {option} {list(known)}, got {own[option]!r}."
+                )
         return replace(
             config,
             granularities=both,
             allocator=allocator,
             compensation=config.compensation or self.compensation,
+            **own,
         )
 
     def _refuse_unread(self, config: PruningConfig) -> None:

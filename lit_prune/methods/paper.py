@@ -27,6 +27,7 @@ from lit_prune.allocation import (
     cluster_ladder,
     depth_first,
     greedy,
+    mean_ladder,
     meet,
     require_met,
     settle,
@@ -36,7 +37,7 @@ from lit_prune.calibration import Needs, Unit
 from lit_prune.decoder import all_kept
 from lit_prune.errors import BudgetError
 from lit_prune.methods.decision import PAPER_OPTIONS, Decision, Method
-from lit_prune.methods.entropy import entropy_scores
+from lit_prune.methods.paper_scores import paper_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +59,7 @@ _WHOLE = 0.999
 
 def decide(case: Case) -> Decision:
     """Choose what stays."""
-    scores = entropy_scores(case.spec, case.calibration, case.config)
+    scores = paper_scores(case)
     return distribute(
         case.budget, scores, case.ranking(scores.units), lambda kept: case.judge(kept, "choose")
     )
@@ -66,12 +67,14 @@ def decide(case: Case) -> Decision:
 
 def needs(config: PruningConfig) -> Needs:
     """Ask for the transfer entropy of everything that may go whole; none for fixed ratios."""
+    gradients = Needs(taylor=config.unit_score == "gradient")
     if config.allocator == "uniform":
-        return Needs()
+        return gradients
     parts: tuple[BypassKind, ...] = (
         ("attention", "mlp") if "sub_block" in config.granularities else ()
     )
-    return Needs(bypasses=("block", *parts))
+    changes = config.sensitivity == "frobenius"
+    return gradients | Needs(bypasses=("block", *parts), changes=changes)
 
 
 def distribute(
@@ -81,7 +84,7 @@ def distribute(
 
     Args:
         budget: The request against the model.
-        scores: Unit entropies, and transfer entropies of everything that may go whole.
+        scores: Of units, and of everything that may go whole.
         ranking: Order in which units leave.
         judge: Mean NLL of the choose text under a draft; called only where K is to be chosen by it.
 
@@ -96,8 +99,8 @@ def distribute(
         require_met(budget, counts)
         return Decision.of(counts, ranking, {"allocator": "uniform"})
     ratio = config.pruning_ratio
-    if config.num_clusters is not None:
-        return _with_clusters(budget, scores, ranking, config.num_clusters)
+    if config.num_clusters is not None or config.clustering == "mean_threshold":
+        return _with_clusters(budget, scores, ranking, config.num_clusters or 2)
     if ratio <= _FEW_UP_TO or ratio >= _MANY_FROM:
         return _with_clusters(budget, scores, ranking, _FEW if ratio <= _FEW_UP_TO else _MANY)
     drafts = [_with_clusters(budget, scores, ranking, k) for k in (_FEW, _MANY)]
@@ -114,6 +117,8 @@ def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_cluster
     ratios = _ratios(budget, scores)
     counts = all_kept(spec)
     trace: dict[str, Any] = {
+        "unit_score": config.unit_score,
+        "sensitivity": config.sensitivity,
         "num_clusters": num_clusters,
         "block_ratios": [round(p, 6) for p in ratios],
     }
@@ -123,7 +128,7 @@ def _with_clusters(budget: Budget, scores: Scores, ranking: Ranking, num_cluster
     for place, ladder in ladders.items():
         if counts[place]:
             units = max(budget.allowed[place])
-            cut = len(ladder[0]) if ladder else 0
+            cut = len(ladder[0]) if len(ladder) > 1 else 0  # of equals none stands out
             cap = ratios[place[0]] * units if config.cap_clusters else units
             counts[place] = budget.at_most(place, min(cut, cap))
     trace["removed_by_clusters"] = budget.removed(counts) / spec.decoder_parameters
@@ -200,11 +205,11 @@ def _remove_full_ratios(
 def _ladders(
     budget: Budget, scores: Scores, num_clusters: int
 ) -> dict[SubBlock, tuple[tuple[int, ...], ...]]:
-    config = budget.config
+    method, seed = budget.config.clustering, budget.config.seed
     return {
-        place: cluster_ladder(
-            entropy.numpy(), num_clusters, method=config.clustering, seed=config.seed
-        )
+        place: mean_ladder(entropy.numpy())
+        if method == "mean_threshold"
+        else cluster_ladder(entropy.numpy(), num_clusters, method=method, seed=seed)
         for place, entropy in scores.units.items()
         if len([count for count in budget.allowed[place] if count]) > 1
     }
@@ -331,6 +336,10 @@ METHOD = Method(
     needs=needs,
     allocators=("depth_first", "greedy", "uniform"),
     options=PAPER_OPTIONS,
+    choices={
+        "unit_score": ("entropy", "activation", "gradient"),
+        "sensitivity": ("transfer_entropy", "frobenius"),
+    },
     compensation="mean",
     deviations=("Eqs. 4-6 and all choices that the published text leaves open are ours.",),
 )

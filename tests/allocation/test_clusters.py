@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
-from lit_prune.allocation import cluster_ladder, lowest_cluster
+from lit_prune.allocation import cluster_ladder, lowest_cluster, mean_ladder
 from lit_prune.errors import ConfigError, ScoreError
 
 METHODS = ("kmeans", "exact")
@@ -144,3 +144,27 @@ def test_options_out_of_range_are_refused():
         lowest_cluster([1.0, 2.0], 1)
     with pytest.raises(ConfigError, match="clustering method must be one of"):
         lowest_cluster([1.0, 2.0], 2, method="jenks")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mean_threshold_against_a_loop(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=30).round(1 if seed % 2 else 9)
+    mean = math.fsum(values) / 30
+    below = tuple(i for i in range(30) if values[i] < mean)
+    assert mean_ladder(values) == (below, tuple(i for i in range(30) if i not in below))
+
+
+def test_f19_f21_mean_threshold_of_equal_values_and_in_any_order():
+    assert mean_ladder([]) == ()
+    # the mean of these is one rounding above all of them
+    assert np.mean([0.1] * 3) > 0.1
+    assert mean_ladder([0.1] * 3) == ((0, 1, 2),)
+    values = np.round(np.random.default_rng(5).normal(size=200), 1)
+    order = np.random.default_rng(6).permutation(200)
+    shuffled = mean_ladder(values[order])
+    assert [sorted(order[list(step)].tolist()) for step in shuffled] == [
+        list(step) for step in mean_ladder(values)
+    ]
+    with pytest.raises(ScoreError, match="entropy of unit 1 is nan"):
+        mean_ladder([0.0, math.nan])

@@ -39,8 +39,10 @@ def test_round_trip(tmp_path, joint):
         assert all(torch.equal(a, b) for a, b in zip(again.units[key], pair, strict=True))
     assert torch.equal(again.full, calibration.full)
     assert list(again.bypassed) == sorted(calibration.bypassed)
+    assert list(again.changes) == sorted(calibration.changes)
     for unit, state in calibration.bypassed.items():
         assert torch.equal(again.bypassed[unit], state)
+        assert torch.equal(again.changes[unit], calibration.changes[unit])
 
 
 def test_without_a_replay(tmp_path):

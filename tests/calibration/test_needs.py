@@ -30,7 +30,10 @@ def test_two_needs_add_up_without_repeats():
 @pytest.mark.parametrize(
     "some",
     [{"bypasses": ("mlp",)}]
-    + [{n: True} for n in ("covariances", "curves", "sensitivities", "taylor", "residuals")],
+    + [
+        {n: True}
+        for n in ("changes", "covariances", "curves", "sensitivities", "taylor", "residuals")
+    ],
 )
 def test_any_need_is_a_need(some):
     assert not Needs()
@@ -71,7 +74,8 @@ def test_a_bare_calibration_lacks_exactly_what_is_asked_for(name):
     config = method.resolve(PruningConfig(pruning_ratio=0.3, preset=name))
     needs = method.all_needs(config)
     bare = Calibration("fingerprint", uneven_rows(4), {})
-    wanted = [n for n in ("covariances", "curves", "sensitivities", "taylor") if getattr(needs, n)]
+    names = ("covariances", "curves", "changes", "sensitivities", "taylor")
+    wanted = [n for n in names if getattr(needs, n)]
     assert bare.lacks(needs) == (*wanted, *(("similarities",) if needs.residuals else ()))
     nothing = method.resolve(PruningConfig(pruning_ratio=0.0, preset=name))
     assert not method.all_needs(nothing)

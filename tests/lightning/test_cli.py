@@ -40,6 +40,8 @@ def test_every_option_is_read_from_yaml_with_its_type(tmp_path):
         "preset": "paper",
         "allocator": "greedy",
         "compensation": "mean",
+        "unit_score": "activation",
+        "sensitivity": "frobenius",
         "granularities": ["kv_group", "channel"],
         "protected_layers": [0, 3],
         "channel_multiple": 8,

@@ -11,12 +11,14 @@ from lit_prune.allocation import Ranking, make_budget
 from lit_prune.calibration import Row, RowSet, Unit, replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
-from lit_prune.errors import BudgetError, ConfigError
-from lit_prune.methods import Scores, preset
+from lit_prune.errors import BudgetError, CalibrationError, ConfigError
+from lit_prune.methods import Case, Scores, llm_pruner, preset
 from lit_prune.methods.paper import distribute
+from lit_prune.methods.paper_scores import paper_scores
 from lit_prune.planning import calibrate, make_plan
 from tests.allocation.specs import random_decoder, random_request
 from tests.models import tiny_model, tiny_rows
+from tests.naive import captured, deleted
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,10 @@ def rows():
 
 @pytest.fixture(scope="module")
 def calibration(model, rows):
-    """Covariances, so that every estimator can be asked of the same calibration."""
-    config = PruningConfig(preset="paper", pruning_ratio=0.3, estimator="logdet")
+    """Covariances and gradients: every estimator and score can be asked of this calibration."""
+    config = PruningConfig(
+        preset="paper", pruning_ratio=0.3, estimator="logdet", unit_score="gradient"
+    )
     return calibrate(model, rows, config, progress=False)
 
 
@@ -91,6 +95,12 @@ def test_a_block_never_loses_more_units_to_clusters_than_its_ratio(model, calibr
     assert removed[0] < removed[1]
 
 
+def case_of(model, calibration, config):
+    config = preset(config.preset).resolve(config)
+    budget = make_budget(spec_for(model), config)
+    return Case(model=model, calibration=calibration, budget=budget, judge=None)
+
+
 COARSE = {"granularities": ("block", "sub_block", "kv_group")}
 WIDTH = {"granularities": ("kv_group", "channel")}
 # The switch, and what else is asked of both plans.
@@ -108,6 +118,10 @@ SWITCHES = [
     ({"ratio_strength": 0.95}, {"ratio_map": "zscore"}),
     ({"num_clusters": 6}, {}),
     ({"num_clusters": 2}, {}),
+    ({"clustering": "mean_threshold"}, {"cap_clusters": False}),
+    ({"unit_score": "activation"}, {}),
+    ({"unit_score": "gradient"}, {}),
+    ({"sensitivity": "frobenius"}, {}),
     ({"cap_clusters": False}, {}),
     ({"stage_order": "coarse_first"}, {"ratio_temperature": 0.3}),
     ({"exact_hit": "cluster"}, WIDTH),
@@ -255,6 +269,118 @@ def test_uniform_needs_no_transfer_entropy_and_cuts_every_layer_alike(model, row
     layers = make_plan(model, calibration, config).plan.layers
     assert len({len(layer.channels) for layer in layers}) == 1
     assert len({len(layer.kv_groups) for layer in layers}) == 1
+
+
+def test_activation_magnitude_is_the_root_mean_square_of_what_passed(model, rows, calibration):
+    config = PruningConfig(preset="paper", pruning_ratio=0.3, unit_score="activation")
+    found = paper_scores(case_of(model, calibration, config)).units
+    for place, x in captured(model, rows)["writes"].items():
+        wanted = x.square().mean(0).sqrt().log().reshape(len(found[place]), -1).sum(1)
+        torch.testing.assert_close(found[place], wanted, rtol=0, atol=1e-4)
+
+
+def test_gradient_magnitude_ranks_as_the_taylor_scores_do(model, calibration):
+    for reduction in ("sum", "mean"):
+        config = PruningConfig(
+            preset="paper", pruning_ratio=0.3, unit_score="gradient", kv_group_score=reduction
+        )
+        case = case_of(model, calibration, config)
+        found = paper_scores(case).units
+        raw = llm_pruner.score(case)
+        for place, scores in found.items():
+            assert scores.argsort().tolist() == raw[place].argsort().tolist()
+        # ratios between units become differences, for each column that a unit owns
+        width = case.spec.blocks[0].attention.unit_width
+        attention = found[0, "attention"] / (width if reduction == "sum" else 1)
+        ratio = raw[0, "attention"][0] / width / raw[0, "mlp"][0]
+        assert attention[0] - found[0, "mlp"][0] == pytest.approx(float(ratio.log()), abs=1e-4)
+
+
+def test_frobenius_is_what_the_final_state_changes_by(model, rows, calibration):
+    config = PruningConfig(preset="paper", pruning_ratio=0.3, sensitivity="frobenius")
+    found = paper_scores(case_of(model, calibration, config)).transfer
+    assert found.keys() == calibration.bypassed.keys()
+
+    @torch.no_grad()
+    def states():
+        runs = [model.model(row.ids[None], use_cache=False)[0][0] for row in rows.side("calibrate")]
+        return torch.cat(runs).double()
+
+    whole = states()
+    for unit in (Unit(1, "attention"), Unit(3, "mlp"), Unit(2, "block")):
+        kinds = ("attention", "mlp") if unit.kind == "block" else (unit.kind,)
+        with deleted(model, *((unit.layer, kind) for kind in kinds)):
+            change = (states() - whole).square().sum(1).mean().sqrt()
+        assert found[unit] == pytest.approx(float(change), rel=1e-4)
+
+
+def test_the_choices_of_the_rebuttal_are_recorded(plan):
+    options = {"unit_score": "activation", "sensitivity": "frobenius"}
+    made = plan(clustering="mean_threshold", **options)
+    assert made.provenance["config"].items() >= options.items()
+    assert made.provenance["config"]["clustering"] == "mean_threshold"
+    assert made.provenance["method"].items() >= options.items()
+    own = {"unit_score": "entropy", "sensitivity": "transfer_entropy"}
+    assert plan().provenance["method"].items() >= own.items()
+
+
+def test_a_threshold_at_the_mean_removes_what_lies_below_it(model, calibration):
+    config = PruningConfig(
+        preset="paper", pruning_ratio=0.4, clustering="mean_threshold", cap_clusters=False,
+        channel_multiple=1,
+    )  # fmt: skip
+    planned = make_plan(model, calibration, config)
+    below = 0
+    for (_, kind), entropy in planned.scores.units.items():
+        part = planned.budget.spec.blocks[0].mlp if kind == "mlp" else None
+        part = part or planned.budget.spec.blocks[0].attention
+        cut = int((entropy < entropy.mean()).sum())
+        below += cut * part.unit_parameters
+    removed = planned.plan.provenance["method"]["removed_by_clusters"]
+    # biases that stand in for the cut units count against it
+    assert removed == pytest.approx(below / planned.budget.spec.decoder_parameters, abs=0.02)
+
+
+def test_units_that_are_all_alike_lose_none_to_clusters():
+    spec = random_decoder(random.Random(1), most_layers=4, channels=(24,))
+    for clustering in ("exact", "mean_threshold"):
+        config = PruningConfig(
+            preset="paper", pruning_ratio=0.3, cap_clusters=False, clustering=clustering,
+            channel_multiple=1,
+        )  # fmt: skip
+        budget = make_budget(spec, preset("paper").resolve(config))
+        alike = {(i, p.kind): torch.ones(p.num_units).double() for i, p in spec.sub_blocks}
+        kinds = ("block", "attention", "mlp")
+        transfer = {Unit(b.index, kind): 1.0 for b in spec.blocks for kind in kinds}
+        ranking = Ranking({k: v.numpy() for k, v in alike.items()}, dict.fromkeys(alike, 1))
+        decision = distribute(budget, Scores(alike, transfer), ranking, lambda _kept: 0.0)
+        assert decision.trace["removed_by_clusters"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "paper",
+            {"unit_score": "random"},
+            r"'paper' knows unit_score \['entropy', 'act.*'random'",
+        ),
+        ("paper", {"sensitivity": "kl"}, r"'paper' knows sensitivity \['transfer_entropy', .*'kl'"),
+        ("conditional", {"unit_score": "gradient"}, "'conditional' knows unit_score .*'gradient'"),
+        ("flap", {"unit_score": "entropy"}, "preset 'flap' does not read unit_score"),
+        ("flap", {"sensitivity": "kl"}, "preset 'flap' does not read sensitivity"),
+    ],
+)
+def test_what_another_preset_knows_is_refused(name, options, message):
+    config = PruningConfig(preset=name, pruning_ratio=0.3, **options)
+    with pytest.raises(ConfigError, match=message):
+        preset(name).resolve(config)
+
+
+def test_a_calibration_without_the_changes_is_refused(model, calibration):
+    config = PruningConfig(preset="paper", pruning_ratio=0.3, sensitivity="frobenius")
+    with pytest.raises(CalibrationError, match="calibration has no changes, which preset 'paper'"):
+        make_plan(model, replace(calibration, changes=None), config)
 
 
 def test_an_unknown_preset_names_the_nearest():
