@@ -2,18 +2,33 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
-import compare
+import tables
+import texts
+from harness import parse_method
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["flap", "shortgpt", "flap:allocator=uniform,compensation=least_squares"]
-SMALL = ("--ratios", 0.3, 0.5, "--rows", 12, "--context", 32, "--score-tokens", 2000)
+TEXT = (
+    *("--train", *sorted((ROOT / "lit_prune" / "methods").glob("*.py"))),
+    *("--test", *sorted((ROOT / "lit_prune" / "metrics").glob("*.py"))),
+    *("--other", ROOT / "CHANGELOG.md"),
+)
+COSTS = (
+    *("flops_per_token", "kv_cache_bytes_per_token", "decoder_parameters", "peak_forward_bytes"),
+    *("prefill_seconds", "decode_seconds_per_token", "prefill_speed_up", "decode_speed_up"),
+)
+SMALL = ("--ratios", 0.3, 0.5, "--rows", 12, "--context", 32, "--score-tokens", 2000, *TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +39,68 @@ def ran(run_recipe, tiny_checkpoint, tmp_path_factory):
     return folder, arguments, stdout
 
 
-def test_every_cell_is_in_the_table_the_csv_and_the_figure(ran):
+def test_every_cell_is_in_the_tables_the_csv_and_the_figure(ran):
     folder, _, stdout = ran
-    cells = json.loads((folder / "found.json").read_text())["cells"]
-    assert set(cells) == {"dense"} | {f"{m}|{r}|0" for m in METHODS for r in ("0.3", "0.5")}
+    stored = json.loads((folder / "found.json").read_text())
+    cells = stored["cells"]
+    uniform = METHODS[2]
+    assert set(cells) == {
+        "dense",
+        *(f"{m}|{r}|0" for m in (METHODS[0], uniform) for r in ("0.3", "0.5")),
+        *("shortgpt|0.25|0", "shortgpt|0.5|0", "flap|0.25|0"),
+    }
     rows = [line for line in stdout.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == METHODS
+    names = [row.split("`")[1] for row in rows]
+    perplexities = ["flap", "flap", "shortgpt"]  # others, flap at the ratio of shortgpt too
+    assert names == [*[uniform, *perplexities] * 2, *METHODS]
     with (folder / "found.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     assert len(found) == sum("nll" in cell for cell in cells.values())
     for row in found:
-        if row["method"] != "dense":
-            assert abs(float(row["achieved"]) - float(row["ratio"])) <= 0.005
+        assert abs(float(row["achieved"]) - float(row["ratio"])) <= 0.005
+        assert float(row["excess_low"]) <= float(row["excess_high"])
+        assert float(row["other_perplexity"]) > 1
+        assert all(float(row[name]) > 0 for name in COSTS)
     assert (folder / "found.png").stat().st_size > 5000
     assert "better" in stdout or "worse" in stdout or "no difference" in stdout
+    assert {(row["method"], row["text"]) for row in stored["summary"]} == {
+        (method, text) for method in METHODS for text in ("main", "other")
+    }
+
+
+def test_a_depth_only_method_stands_at_the_ratio_it_reaches_beside_the_first_one(ran):
+    folder, _, stdout = ran
+    assert json.loads((folder / "found.json").read_text())["moved"] == {"shortgpt|0.3": 0.25}
+    assert re.search(r"\| `shortgpt` \| [\d.]+[†‡]? @25.0% \| [\d.]+[†‡]? \|", stdout)
+    assert re.search(r"\| `flap`, where others stand \| [\d.]+ @25.0% \|", stdout)
+    pairs = [line for line in stdout.splitlines() if "ratio that it reaches, `shortgpt`" in line]
+    assert [line.split(":")[0] for line in pairs] == ["- 25.0%"]
+
+
+def test_a_stored_file_is_shown_without_running(ran, run_recipe, tmp_path):
+    folder, _, stdout = ran
+    arguments = ("--model", tmp_path / "no such model", "--out", folder / "found.json")
+    shown = run_recipe("compare.py", *arguments, "--table-only", cwd=tmp_path)
+    assert stdout.endswith(shown)
+
+
+def test_text_of_a_trained_model_is_its_own(run_recipe, tiny_checkpoint, tmp_path):
+    files = {split: [] for split in ("train", "choose", "score")}
+    for split, found in files.items():
+        for number in range(3):
+            file = tmp_path / f"{split}{number}.txt"
+            file.write_text(f"{split} {number} " * 300)
+            found.append(str(file))
+    record = {"corpus": {split: {"files": found} for split, found in files.items()}}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    out = tmp_path / "found.json"
+    small = ("--rows", 12, "--context", 32, "--score-tokens", 900, "--other-tokens", 0)
+    arguments = ("--model", tiny_checkpoint, "--text-of", tmp_path, *small, "--out", out)
+    run_recipe("compare.py", *arguments, "--methods", "flap", "--ratios", 0.5, cwd=tmp_path)
+    conditions = json.loads(out.read_text())["conditions"]
+    assert conditions["calibrated_on"] == f"training files of {tmp_path.name}"
+    assert conditions["scored"]["text"] == f"score files of {tmp_path.name}"
+    assert conditions["other"] is None
 
 
 def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, run_recipe):
@@ -56,10 +119,10 @@ def test_the_interval_is_paired():
     hard = rng.normal(0, 50, size=60)  # documents differ far more than methods do
     one = {"nll": (4.0 * np.array(tokens) + hard).tolist(), "tokens": tokens}
     other = {"nll": (4.1 * np.array(tokens) + hard).tolist(), "tokens": tokens}
-    low, high = compare.interval([one], [other])
+    low, high = tables.interval([one], [other])
     assert low == pytest.approx(-0.1)
     assert high == pytest.approx(-0.1)
-    assert compare.interval([one], [one]) == (0.0, 0.0)
+    assert tables.interval([one], [one]) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +138,29 @@ def test_the_interval_is_paired():
     ],
 )  # fmt: skip
 def test_methods_are_read_from_text(text, wanted):
-    assert compare.parse_method(text) == wanted
+    assert parse_method(text) == wanted
+
+
+def test_few_documents_are_drawn_in_stretches_or_windows():
+    tokenizer = SimpleNamespace(encode=lambda text, **_: list(text.encode()))
+
+    def cut(*lengths):
+        text = Dataset.from_dict({"text": ["a" * length for length in lengths]})
+        return texts.scored_windows("text", text, tokenizer, 512, 10**6)
+
+    few = cut(41_000, 100)
+    assert [len(window) for window in few.windows] == [512] * 80  # tails of 40 and 100 are short
+    assert few.owner == [window // 4 for window in range(80)]
+    assert cut(5000, 100).owner == list(range(10))
+    assert len(set(cut(*[5000] * 20).owner)) == 20
+
+
+def test_a_large_corpus_is_shortened_in_every_document():
+    text = Dataset.from_dict({"path": ["a", "b"], "text": ["abcd" * 100, "efgh" * 300]})
+    kept = texts.shortened(text, 160)["text"][:]
+    assert [len(document) for document in kept] == [40, 120]
+    assert kept[0] in "abcd" * 100
+    assert texts.shortened(text)["text"][:] == text["text"][:]
 
 
 @pytest.mark.slow
@@ -84,4 +169,4 @@ def test_every_variant_of_the_ablation_runs(run_recipe, tiny_checkpoint, tmp_pat
     stdout = run_recipe("ablation.py", *arguments, cwd=tmp_path)
     cells = json.loads((tmp_path / "a.json").read_text())["cells"]
     assert not [cell for cell in cells.values() if "error" in cell]
-    assert stdout.count("| `") == len(cells) - 1
+    assert len(set(re.findall(r"^\| `(.+?)`", stdout, re.MULTILINE))) == len(cells) - 1

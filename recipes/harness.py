@@ -1,0 +1,270 @@
+"""Runs the cells of a comparison: prune, score, measure; one after the other, each stored."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from benchmark import surroundings
+from cells import DENSE, Cell, Found
+from process_memory import Rise
+from rivals import MASKED, RIVALS
+from texts import Scored, read_texts
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lit_prune import PruningConfig, apply_plan
+from lit_prune.allocation import make_budget
+from lit_prune.allocation.exact import ReachableTotals
+from lit_prune.config import RATIO_TOLERANCE
+from lit_prune.decoder import all_kept, spec_for
+from lit_prune.errors import BudgetError, LitPruneError
+from lit_prune.methods import preset
+from lit_prune.metrics import footprint_of, measure_latency, perplexity_of
+from lit_prune.planning import calibrate, make_plan
+
+if TYPE_CHECKING:
+    import argparse
+
+    from lit_prune.calibration import Calibration, RowSet
+
+PROMPT_TOKENS, NEW_TOKENS, WARMUP, REPETITIONS = 128, 16, 1, 5
+LATENCY = ("prefill_seconds", "prefill_spread", "decode_seconds_per_token", "decode_spread")
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Read ``preset:option=value,option=value``; several values of one option are joined by +."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in filter(None, rest.split(",")):
+        key, _, value = pair.partition("=")
+        values = [_json_or_text(part) for part in value.split("+")]
+        options[key] = values if key in ("granularities", "protected_layers") else values[0]
+    return name, options
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def score(model: PreTrainedModel, text: Scored) -> tuple[list[float], list[int]]:
+    """Return summed NLL (nats) and scored tokens of each document (or stretch of one)."""
+    documents: dict[int, dict[int, list[torch.Tensor]]] = {}
+    for owner, window in zip(text.owner, text.windows, strict=True):
+        documents.setdefault(owner, {}).setdefault(len(window), []).append(window)
+    device = next(model.parameters()).device
+    results = []
+    for by_length in documents.values():
+        batches = [
+            {"input_ids": torch.stack(windows[start : start + 8]).to(device)}
+            for windows in by_length.values()
+            for start in range(0, len(windows), 8)
+        ]
+        results.append(perplexity_of(model, batches))
+    return [r.mean_nll * r.num_tokens for r in results], [r.num_tokens for r in results]
+
+
+class Harness:
+    """Runs cells and remembers them in a JSON file."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        dtype = getattr(torch, options.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+        self.model.to(options.device).eval()
+        self.texts = read_texts(options, self.tokenizer)
+        conditions = {
+            "model": str(options.model),
+            "context": options.context,
+            "calibration_rows": options.rows,
+            **self.texts.describe(),
+            "dtype": options.dtype,
+            "device": options.device,
+            "clock": "CPU time" if options.cpu_time else "wall clock",
+            "search_tokens": options.search_tokens,
+        }
+        asked = {name: getattr(options, name) for name in ("methods", "ratios", "seeds")}
+        self.found = Found(conditions, asked)
+        if options.out.exists():
+            self.found = Found.read(options.out)
+            if self.found.conditions != conditions:
+                raise SystemExit(
+                    f"{options.out} holds cells of other conditions:\n{self.found.conditions}\n"
+                    f"asked for:\n{conditions}\nChoose another --out."
+                )
+        self.found.asked = asked
+        self.found.surroundings = surroundings()
+        for method in options.methods:
+            for ratio in options.ratios:
+                if (reached := self.reachable(method, ratio)) != ratio:
+                    self.found.moved[f"{method}|{ratio:g}"] = reached
+
+    def config(self, method: str, ratio: float, seed: int) -> PruningConfig:
+        name, extra = parse_method(method)
+        common = {"seed": seed, "search_tokens": self.options.search_tokens}
+        config = PruningConfig(preset=name, pruning_ratio=ratio, **{**common, **extra})
+        return preset(name).resolve(config)
+
+    def reachable(self, method: str, ratio: float) -> float:
+        """Return the ratio to run a depth-only method at; others reach what they are asked for."""
+        if method in RIVALS:
+            return ratio
+        config = self.config(method, ratio, 0)
+        if {"kv_group", "channel"} & set(config.granularities):
+            return ratio
+        spec = spec_for(self.model)
+        protected = {*config.protected_layers}
+        if config.preset == "sleb":  # by its own rule
+            protected |= {0, len(spec.blocks) - 1}
+        config = replace(config, pruning_ratio=0.0, protected_layers=tuple(sorted(protected)))
+        budget = make_budget(spec, config)
+        totals, whole = ReachableTotals(budget), spec.decoder_parameters
+        near = [
+            budget.removed(totals.counts(total, all_kept(spec))) / whole
+            for total in totals.nearest(ratio * whole)
+            if total is not None
+        ]
+        nearest = min(near, key=lambda reached: abs(reached - ratio), default=ratio)
+        return ratio if abs(nearest - ratio) <= RATIO_TOLERANCE else round(nearest, 4)
+
+    def ratios_of(self, method: str) -> list[float]:
+        """Return where a method is run; the first also at all ratios that others had to move to."""
+        found = self.found
+        ratios = [found.run_at(method, ratio) for ratio in self.options.ratios]
+        if method == found.first:
+            ratios += [r for ratio in self.options.ratios for r in found.moved_ratios(ratio)]
+        if method in MASKED:
+            ratios = [ratio for ratio in ratios if ratio == MASKED[method]]
+        return list(dict.fromkeys(ratios))
+
+    def run(self) -> None:
+        """Fill in every cell that is not there yet."""
+        if DENSE not in self.found.cells:
+            self.found.cells[DENSE] = self.measure(self.model, achieved=0.0)
+            self.found.store(self.options.out)
+        for seed in self.options.seeds:
+            for method in self.options.methods:
+                wanted = {
+                    key: ratio
+                    for ratio in self.ratios_of(method)
+                    if (key := f"{method}|{ratio:g}|{seed}") not in self.found.cells
+                }
+                if not wanted:
+                    continue
+                work = (Rival if method in RIVALS else Preset)(self, method, seed)
+                for key, ratio in wanted.items():
+                    try:
+                        cell = self.measure(**work.pruned(ratio))
+                    except BudgetError as error:
+                        cell = {"not_reached": str(error)}
+                    except LitPruneError as error:
+                        cell = {"error": f"{type(error).__name__}: {error}"}
+                    self.found.cells[key] = cell
+                    self.found.store(self.options.out)
+                    print(f"{method} {ratio:g} seed {seed}: {_words(cell)}", flush=True)
+
+    def rows(self, seed: int) -> RowSet:
+        return self.texts.rows(seed, self.options.rows)
+
+    def measure(self, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
+        """Score a model and measure what it costs; ``facts`` are what is known of its pruning."""
+        nll, tokens = score(model, self.texts.main)
+        other = score(model, self.texts.other) if self.texts.other else ([], [])
+        window = self.texts.blocks[:1]
+        size = footprint_of(model, context_length=self.options.context, peak_ids=window)
+        dense = self.latency(self.model)
+        return asdict(
+            Cell(
+                nll=nll,
+                tokens=tokens,
+                other_nll=other[0],
+                other_tokens=other[1],
+                decoder_parameters=size.decoder_parameters,
+                flops_per_token=size.flops_per_token,
+                kv_cache_bytes_per_token=size.kv_cache_bytes_per_token,
+                peak_forward_bytes=size.peak_forward_bytes,
+                **(dense if model is self.model else self.latency(model)),
+                dense_latency=dense,
+                **facts,
+            )
+        )
+
+    def latency(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return medians and spreads; the prompt fits into the context with its new tokens."""
+        prompt = min(PROMPT_TOKENS, self.options.context // 2)
+        found = measure_latency(
+            model,
+            self.texts.blocks[:1, :prompt],
+            new_tokens=min(NEW_TOKENS, self.options.context - prompt),
+            warmup=WARMUP,
+            repetitions=REPETITIONS,
+            clock=time.process_time if self.options.cpu_time else time.perf_counter,
+        )
+        return {name: getattr(found, name) for name in LATENCY}
+
+
+class Preset:
+    """One preset at several ratios: calibrated once, and drafts once judged stay judged."""
+
+    def __init__(self, harness: Harness, method: str, seed: int) -> None:
+        self.harness, self.method, self.seed = harness, method, seed
+        self.judged: dict[Any, float] = {}
+        self.calibration: Calibration | None = None
+        self.seconds, self.peak = 0.0, None
+
+    def pruned(self, ratio: float) -> dict[str, Any]:
+        """Return the pruned model, and what its pruning cost, as keywords of `Harness.measure`."""
+        model = self.harness.model
+        config = self.harness.config(self.method, ratio, self.seed)
+        if self.calibration is None:
+            rows = self.harness.rows(self.seed)
+            rise, started = Rise(model.device), time.perf_counter()
+            self.calibration = calibrate(model, rows, config, progress=False)
+            self.seconds, self.peak = time.perf_counter() - started, rise.stop()
+        pruned = copy.deepcopy(model)
+        rise, started = Rise(model.device), time.perf_counter()
+        planned = make_plan(pruned, self.calibration, config, judged=self.judged)
+        apply_plan(pruned, planned.plan, planned.compensation)
+        seconds, peak = time.perf_counter() - started, rise.stop()
+        peaks = [bytes_ for bytes_ in (self.peak, peak) if bytes_ is not None]
+        return {
+            "model": pruned,
+            "achieved": planned.plan.provenance["achieved_ratio"],
+            "calibrate_seconds": round(self.seconds, 2),
+            "plan_seconds": round(seconds, 2),
+            "prune_peak_bytes": max(peaks, default=None),
+        }
+
+
+class Rival:
+    """One rival that is no preset: every ratio from the start."""
+
+    def __init__(self, harness: Harness, method: str, seed: int) -> None:
+        self.harness, self.method, self.seed = harness, method, seed
+
+    def pruned(self, ratio: float) -> dict[str, Any]:
+        """Return what `Preset.pruned` does."""
+        model, rows = self.harness.model, self.harness.rows(self.seed)
+        rise, started = Rise(model.device), time.perf_counter()
+        pruned, facts = RIVALS[self.method](model, rows, ratio)
+        seconds, peak = time.perf_counter() - started, rise.stop()
+        return {
+            "model": pruned,
+            "plan_seconds": round(seconds, 2),
+            "prune_peak_bytes": peak,
+            **facts,
+        }
+
+
+def _words(cell: dict[str, Any]) -> str:
+    if "nll" not in cell:
+        return next(iter(cell.values()))
+    mean = sum(cell["nll"]) / sum(cell["tokens"])
+    return f"{mean:.4f} nats per token, removed {cell['achieved']:.2%}"
