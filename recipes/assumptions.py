@@ -103,7 +103,7 @@ def histogram_entropy(x: np.ndarray, bins: int = BINS) -> np.ndarray:
 
 
 @torch.no_grad()
-def activations(model: PreTrainedModel, windows: torch.Tensor) -> dict[SubBlock, np.ndarray]:
+def activations(model: PreTrainedModel, rows: RowSet) -> dict[SubBlock, np.ndarray]:
     """Return what enters each output projection, ``[tokens, width]``."""
     parts = DecoderParts(model)
     found: dict[SubBlock, list[np.ndarray]] = {}
@@ -115,18 +115,18 @@ def activations(model: PreTrainedModel, windows: torch.Tensor) -> dict[SubBlock,
     handles = [parts.output(*p).register_forward_pre_hook(partial(keep, p)) for p in places]
     try:
         with quiet(model):
-            for window in windows:
-                model(input_ids=window[None].to(model.device), use_cache=False)
+            for row in rows.rows:
+                model(input_ids=row.ids[None].to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return {place: np.concatenate(batches) for place, batches in found.items()}
 
 
-def gaussian(model: PreTrainedModel, windows: torch.Tensor) -> list[dict[str, Any]]:
+def gaussian(model: PreTrainedModel, rows: RowSet) -> list[dict[str, Any]]:
     """Return kurtosis and rank correlations of each sub-block, over its channels."""
     results = []
-    for (layer, kind), raw in activations(model, windows).items():
+    for (layer, kind), raw in activations(model, rows).items():
         x = raw[:, raw.std(0) > 1e-9].astype(np.float64)  # a dead channel has no shape
         entropy = channel_entropy(torch.from_numpy(x.var(0))).numpy()
         free = {
@@ -340,7 +340,7 @@ def main() -> None:
         "size": asdict(size),
     }
     found = Answers(options.out, conditions)
-    found.ask("gaussian", partial(gaussian, model, texts.blocks[: size.entropy_rows]))
+    found.ask("gaussian", partial(gaussian, model, texts.rows(0, size.entropy_rows)))
     rows = texts.rows(0, options.rows)
     found.ask("damage", partial(damage, model, rows, texts.main, size.plans))
     calibration_text(model, sources, size, found)
