@@ -26,12 +26,13 @@ class Cell:
         flops_per_token: Of the decoder layers, at the context length.
         kv_cache_bytes_per_token: Keys and values that a token leaves behind.
         peak_forward_bytes: Memory of one forward over a window, weights apart.
-        prefill_seconds: Median time of a prompt, and ``prefill_spread`` its interquartile range.
+        prefill_seconds: Median time of a prompt; ``prefill_spread`` is how far it varied.
         decode_seconds_per_token: Median time of one decoding step, and ``decode_spread``.
-        dense_latency: The same four numbers of the dense model, measured right before.
+        dense_latency: The same four numbers of the dense model, measured in turns with this one.
         calibrate_seconds: Statistics, shared by all ratios of a method.
         plan_seconds: Deciding and surgery.
         prune_peak_bytes: Rise of this process's resident memory in either, where it can be told.
+        accuracy: Zero-shot accuracy by task, where asked for.
         notes: What else should be known about it.
     """
 
@@ -52,6 +53,7 @@ class Cell:
     calibrate_seconds: float = 0.0
     plan_seconds: float = 0.0
     prune_peak_bytes: int | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
     notes: str = ""
 
 

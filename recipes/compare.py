@@ -26,6 +26,12 @@ tables, a CSV and a figure.
 Methods that remove whole blocks reach few ratios: one that cannot reach a ratio within half a
 percentage point is run at the nearest that it reaches (``@19.6%`` in the table), and the first
 method once more at exactly that ratio, for a fair pair.
+
+The published protocol, where there is a network (not run offline; see `published.py` and
+`zero_shot.py` for what was tried)::
+
+    python recipes/compare.py --model meta-llama/Llama-2-7b-hf --dtype bfloat16 --device cuda
+        --data wikitext2 --other-data c4 --tasks --out runs/llama2-7b.json
 """
 
 from __future__ import annotations
@@ -36,8 +42,21 @@ from pathlib import Path
 from benchmark import CPU_TIME, quiet_down
 from cells import Found
 from harness import Harness
+from published import SOURCES
 from rivals import RIVALS
-from tables import CONTROLS, MLP_UNIFORM, caption, costs, duels, figure, summary, table, write_csv
+from tables import (
+    CONTROLS,
+    MLP_UNIFORM,
+    accuracy_table,
+    caption,
+    costs,
+    duels,
+    figure,
+    summary,
+    table,
+    write_csv,
+)
+from zero_shot import TASKS
 
 from lit_prune.methods import PRESETS
 
@@ -64,8 +83,16 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
     parser.add_argument(
         "--split", default=split, choices=["choose", "score"], help="without --test"
     )
+    parser.add_argument("--data", choices=sorted(SOURCES), help="the published protocol's text")
+    parser.add_argument("--other-data", choices=sorted(SOURCES), help="with --data: score this too")
+    parser.add_argument(
+        "--data-files", nargs="+", default=[], help="train=FILE test=FILE in place of the Hub's"
+    )
+    parser.add_argument("--tasks", nargs="*", help="zero-shot by lm-eval; by default the papers'")
+    parser.add_argument("--task-folder", type=Path, help="YAML of tasks of your own")
+    parser.add_argument("--limit", type=int, help="questions of each task, for trying out")
     parser.add_argument("--rows", type=int, default=128, help="windows of calibration text")
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--context", type=int, help="tokens; 512, with --data 2048")
     parser.add_argument("--score-tokens", type=int, default=60_000, help="at most")
     parser.add_argument("--other-tokens", type=int, default=20_000, help="at most; 0: no other")
     parser.add_argument(
@@ -76,13 +103,18 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
     parser.add_argument(CPU_TIME, action="store_true", help="latency on busy machines, one thread")
     parser.add_argument("--table-only", action="store_true", help="show --out, run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / out)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.context = options.context or (2048 if options.data else 512)
+    options.tasks = TASKS if options.tasks == [] else options.tasks
+    return options
 
 
 def show(found: Found, out: Path) -> None:
     """Print tables, write CSV and figure."""
     for text in ("", "other_") if found.dense["other_nll"] else ("",):
         print("\n" + table(found, text) + "\n\n" + caption(found, text))
+    if "tasks" in found.conditions:
+        print("\n" + accuracy_table(found))
     print("\n" + costs(found) + "\n\n" + duels(found))
     write_csv(found, out.with_suffix(".csv"))
     figure(found, out.with_suffix(".png"))

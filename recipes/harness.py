@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from process_memory import Rise
 from rivals import MASKED, RIVALS
 from texts import Scored, read_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from zero_shot import accuracies
 
 from lit_prune import PruningConfig, apply_plan
 from lit_prune.allocation import make_budget
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
     from lit_prune.calibration import Calibration, RowSet
 
-PROMPT_TOKENS, NEW_TOKENS, WARMUP, REPETITIONS = 128, 16, 1, 5
-LATENCY = ("prefill_seconds", "prefill_spread", "decode_seconds_per_token", "decode_spread")
+PROMPT_TOKENS, NEW_TOKENS, TURNS, REPETITIONS = 128, 16, 3, 3
+LATENCY = {"prefill_seconds": "prefill_spread", "decode_seconds_per_token": "decode_spread"}
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -90,6 +92,9 @@ class Harness:
             "clock": "CPU time" if options.cpu_time else "wall clock",
             "search_tokens": options.search_tokens,
         }
+        if options.tasks:
+            conditions["tasks"] = [*options.tasks]
+            conditions["questions_of_each"] = options.limit or "all"
         asked = {name: getattr(options, name) for name in ("methods", "ratios", "seeds")}
         self.found = Found(conditions, asked)
         if options.out.exists():
@@ -177,9 +182,9 @@ class Harness:
         """Score a model and measure what it costs; ``facts`` are what is known of its pruning."""
         nll, tokens = score(model, self.texts.main)
         other = score(model, self.texts.other) if self.texts.other else ([], [])
-        window = self.texts.blocks[:1]
-        size = footprint_of(model, context_length=self.options.context, peak_ids=window)
-        dense = self.latency(self.model)
+        context, tasks = self.options.context, self.options.tasks
+        size = footprint_of(model, context_length=context, peak_ids=self.texts.window)
+        dense, latency = self.latencies(self.model, model)
         return asdict(
             Cell(
                 nll=nll,
@@ -190,24 +195,51 @@ class Harness:
                 flops_per_token=size.flops_per_token,
                 kv_cache_bytes_per_token=size.kv_cache_bytes_per_token,
                 peak_forward_bytes=size.peak_forward_bytes,
-                **(dense if model is self.model else self.latency(model)),
+                **latency,
                 dense_latency=dense,
+                accuracy=self.accuracies(model) if tasks else {},
                 **facts,
             )
         )
 
-    def latency(self, model: PreTrainedModel) -> dict[str, float]:
-        """Return medians and spreads; the prompt fits into the context with its new tokens."""
-        prompt = min(PROMPT_TOKENS, self.options.context // 2)
-        found = measure_latency(
-            model,
-            self.texts.blocks[:1, :prompt],
-            new_tokens=min(NEW_TOKENS, self.options.context - prompt),
-            warmup=WARMUP,
-            repetitions=REPETITIONS,
-            clock=time.process_time if self.options.cpu_time else time.perf_counter,
+    def accuracies(self, model: PreTrainedModel) -> dict[str, float]:
+        options = self.options
+        return accuracies(
+            model, self.tokenizer, options.tasks, limit=options.limit, folder=options.task_folder
         )
-        return {name: getattr(found, name) for name in LATENCY}
+
+    def latencies(self, *models: PreTrainedModel) -> list[dict[str, float]]:
+        """Measure models in turns, so that a machine that gets slower slows all of them.
+
+        Returns:
+            For each model the medians over turns; a spread is the range over turns, or the largest
+            interquartile range within one if that is more.
+        """
+        prompt = min(PROMPT_TOKENS, self.options.context // 2)
+        turns = [
+            [
+                measure_latency(
+                    model,
+                    self.texts.window[:, :prompt],
+                    new_tokens=min(NEW_TOKENS, self.options.context - prompt),
+                    warmup=1,
+                    repetitions=REPETITIONS,
+                    clock=time.process_time if self.options.cpu_time else time.perf_counter,
+                )
+                for model in models
+            ]
+            for _ in range(TURNS)
+        ]
+        found = []
+        for of_one in zip(*turns, strict=True):
+            numbers: dict[str, float] = {}
+            for seconds, spread in LATENCY.items():
+                values = [getattr(turn, seconds) for turn in of_one]
+                within = max(getattr(turn, spread) for turn in of_one)
+                numbers[seconds] = statistics.median(values)
+                numbers[spread] = max(max(values) - min(values), within)
+            found.append(numbers)
+        return found
 
 
 class Preset:

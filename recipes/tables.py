@@ -139,7 +139,7 @@ def costs(found: Found, near: float = 0.3) -> str:
     """Return what each pruned model, and its pruning, costs at the ratio nearest to ``near``."""
     ratio = min(found.asked["ratios"], key=lambda r: abs(r - near))
     lines = [
-        f"At {ratio:.0%} (clock: {found.conditions['clock']}; ± is the interquartile range):",
+        f"At {ratio:.0%} (clock: {found.conditions['clock']}; ± is how far noise may move it):",
         "",
         "| method | removed | FLOPs | KV | prefill | decode | forward peak | pruning | rise |",
         "|---|" + "---:|" * 8,
@@ -151,6 +151,25 @@ def costs(found: Found, near: float = 0.3) -> str:
     ]
     lines += ["", "FLOPs, KV bytes and peak memory of a forward over those of the dense model;"]
     lines += ["prefill and decode as speed-up; seconds and rise in memory of the whole pruning."]
+    return "\n".join(lines)
+
+
+def accuracy_table(found: Found) -> str:
+    """Return zero-shot accuracies in per cent, a row for each method and ratio; seeds averaged."""
+    tasks = found.conditions["tasks"]
+    lines = [
+        f"| method | removed | {' | '.join(tasks)} | mean |",
+        "|---|" + "---:|" * (len(tasks) + 2),
+    ]
+    rows = [(DENSE, [found.dense])]
+    for ratio in found.asked["ratios"]:
+        rows += [(method, found.column(method, ratio)) for method in found.asked["methods"]]
+    for method, cells in rows:
+        if cells:
+            means = [100 * float(np.mean([cell["accuracy"][t] for cell in cells])) for t in tasks]
+            removed = np.mean([cell["achieved"] for cell in cells])
+            numbers = " | ".join(f"{value:.1f}" for value in (*means, np.mean(means)))
+            lines.append(f"| `{method}` | {removed:.1%} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -257,7 +276,8 @@ def summary(found: Found) -> list[dict[str, Any]]:
 
 def write_csv(found: Found, path: Path) -> None:
     """Write one line for each cell; intervals are of its own seed."""
-    lists = ("nll", "tokens", "other_nll", "other_tokens", "dense_latency")
+    lists = ("nll", "tokens", "other_nll", "other_tokens", "dense_latency", "accuracy")
+    tasks = found.conditions.get("tasks", [])
     names = [name for name in Cell.__dataclass_fields__ if name not in lists]
     texts = {"": "", "other_": "other_"} if found.dense["other_nll"] else {"": ""}
     heads = [
@@ -272,7 +292,7 @@ def write_csv(found: Found, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(
             ["method", "family", "ratio", "seed", *heads, *names, "prefill_speed_up",
-             "prefill_speed_up_spread", "decode_speed_up", "decode_speed_up_spread"]
+             "prefill_speed_up_spread", "decode_speed_up", "decode_speed_up_spread", *tasks]
         )  # fmt: skip
         for key, cell in found.cells.items():
             if "nll" not in cell:
@@ -291,6 +311,7 @@ def write_csv(found: Found, path: Path) -> None:
                     *(cell[name] for name in names),
                     *speed_up(cell, "prefill_seconds", "prefill_spread"),
                     *speed_up(cell, "decode_seconds_per_token", "decode_spread"),
+                    *(cell["accuracy"][task] for task in tasks),
                 ]
             )
 

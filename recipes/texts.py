@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from corpus import fine_tuning_documents, pack, stdlib_documents
 from datasets import Dataset, concatenate_datasets
+from published import SOURCES, joined_tokens, random_windows, whole_windows
 
 from lit_prune.calibration import Row, RowSet
 
@@ -55,17 +56,34 @@ class Scored:
 
 @dataclass(frozen=True)
 class Texts:
-    """All that a comparison reads; ``blocks`` is ``[rows, tokens]``, to calibrate on."""
+    """All that a comparison reads.
+
+    Attributes:
+        trained_on: What is calibrated on, in words.
+        blocks: To calibrate on: ``[rows, tokens]``, or one text ``[tokens]`` of which any stretch
+            of ``context`` tokens may be a row.
+        main: Text to score.
+        other: Text of another kind to score.
+        context: Tokens of a row.
+    """
 
     trained_on: str
     blocks: torch.Tensor
     main: Scored
     other: Scored | None
+    context: int
 
     def rows(self, seed: int, count: int) -> RowSet:
         """Draw a calibration set."""
+        if self.blocks.ndim == 1:
+            return RowSet.of(map(Row.of, random_windows(self.blocks, self.context, count, seed)))
         order = torch.randperm(len(self.blocks), generator=torch.Generator().manual_seed(seed))
         return RowSet.of(Row.of(self.blocks[i]) for i in order[:count])
+
+    @property
+    def window(self) -> torch.Tensor:
+        """One row, ``[1, tokens]``, to measure on."""
+        return self.blocks.reshape(-1)[: self.context][None]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -124,6 +142,8 @@ def scored_windows(name: str, text: Dataset, tokenizer: Any, context: int, most:
 
 def read_texts(options: argparse.Namespace, tokenizer: Any) -> Texts:
     """Read what the options name; by default the standard library and Python's help topics."""
+    if getattr(options, "data", None):
+        return _published(options, tokenizer)
     train_name, train = "standard library, train", None
     test_name, test = f"standard library, {options.split}", None
     if options.text_of:
@@ -143,7 +163,28 @@ def read_texts(options: argparse.Namespace, tokenizer: Any) -> Texts:
         torch.tensor(blocks),
         scored_windows(test_name, scored, tokenizer, options.context, options.score_tokens),
         _other(options, tokenizer),
+        options.context,
     )
+
+
+def _published(options: argparse.Namespace, tokenizer: Any) -> Texts:
+    """Read by the published protocol; a window is what a bootstrap draws."""
+    local = dict(pair.split("=", 1) for pair in options.data_files)
+    if strange := sorted(set(local) - {"train", "test"}):
+        raise SystemExit(f"--data-files: {strange[0]!r} is neither train nor test.")
+    train = joined_tokens(options.data, "train", tokenizer, local.get("train"))
+
+    def scored(name: str, file: str | None = None) -> Scored:
+        tokens = joined_tokens(name, "test", tokenizer, file)
+        windows = whole_windows(tokens, options.context, SOURCES[name].windows)
+        return Scored(Path(file).name if file else f"{name}, test", windows, [*range(len(windows))])
+
+    other = _other(options, tokenizer) if options.other else None
+    if options.other_data:
+        other = scored(options.other_data)
+    main = scored(options.data, local.get("test"))
+    name = Path(local["train"]).name if "train" in local else f"{options.data}, train"
+    return Texts(name, train, main, other, options.context)
 
 
 def _other(options: argparse.Namespace, tokenizer: Any) -> Scored | None:
