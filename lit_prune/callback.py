@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lit_prune.allocation import make_budget
+from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Observer, RowSet
 from lit_prune.config import PruningConfig, refuse_unknown
 from lit_prune.decoder import find_causal_lm, spec_for
@@ -338,7 +338,7 @@ class EntropyPruningCallback(Callback):
         model = find_causal_lm(pl_module, self.config.language_model)
         if self._checked is not model:
             refuse_compiled(pl_module, model)
-            make_budget(spec_for(model), self.config)
+            refuse_impossible(model, self.config)
             refuse_non_finite_weights(model)
             self._checked = model
         return model

@@ -16,8 +16,19 @@ Allocator = Literal["depth_first", "greedy", "uniform", "global", "joint", "unif
 Granularity = Literal["block", "sub_block", "kv_group", "channel"]
 UnitScore = Literal["conditional", "entropy", "fluctuation", "random", "activation", "gradient"]
 Sensitivity = Literal["kl", "nll", "frobenius", "transfer_entropy", "none"]
+Resource = Literal["parameters", "flops", "kv_cache_bytes", "weight_bytes", "latency"]
+# What a ratio is a fraction of, in words.
+RESOURCES: dict[Resource, str] = {
+    "parameters": "decoder parameters",
+    "flops": "decoder FLOPs per token",
+    "kv_cache_bytes": "KV-cache bytes per token",
+    "weight_bytes": "decoder weight bytes",
+    "latency": "decoder latency predicted from the measured table",
+}
 # Requested and achieved pruning ratio differ by at most this, or it is an error.
 RATIO_TOLERANCE = 0.005
+# Keys that FLOPs are counted for where no latency is measured.
+_DEFAULT_CONTEXT = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,8 +40,17 @@ class PruningConfig:
     is refused. Each value is recorded in the plan.
 
     Attributes:
-        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1). Embeddings and
-            head do not count.
+        pruning_ratio: Fraction of the decoder layers' ``budget`` to remove, in [0, 1): by default
+            of *decoder-layer parameters*. Embeddings and head do not count.
+        budget: Method. What the ratio is a fraction of, and is met in within 0.5 percentage points:
+            ``parameters``; ``flops`` for one token that attends to ``latency_prompt_tokens`` keys
+            (128 where that is 0), as the report counts them; ``kv_cache_bytes`` for one token;
+            ``weight_bytes``; or ``latency``, the sum of what the forwards of all sub-blocks (each
+            with its norm) take for a prompt of ``latency_prompt_tokens`` and ``latency_new_tokens``
+            decoding steps, ``latency_batch_size`` at once. Latency is measured once, when
+            calibrating, at about 16 widths of each shape of sub-block on the device of the model;
+            it is a prediction, and the report puts the measured time of the whole model beside it.
+            Every preset takes ``parameters``, ``conditional`` all.
         preset: Which method. ``conditional`` is ours; ``paper`` our reconstruction of Yang et al.,
             ICML 2025; the rivals that both are compared with are the other keys of
             `lit_prune.methods.PRESETS`.
@@ -78,8 +98,8 @@ class PruningConfig:
             units).
         removed_mean: Method. ``add`` the mean output of a whole removed sub-block as a constant, or
             ``drop`` it.
-        search_tolerance: Method. Fraction of the decoder parameters that the search may leave to
-            single channels.
+        search_tolerance: Method. Fraction of the budget's whole that the search may leave to single
+            channels.
         node_limit: Nodes that the depth-first search may visit.
         unit_score: Method. In which order units leave; None: the preset's own. Under
             ``conditional`` by ``conditional`` entropy, or as controls by marginal ``entropy``,
@@ -115,6 +135,7 @@ class PruningConfig:
     """
 
     pruning_ratio: float
+    budget: Resource = "parameters"
     preset: str = "conditional"
     allocator: Allocator | None = None
     granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
@@ -194,6 +215,10 @@ class PruningConfig:
                 f"num_clusters {self.num_clusters} has no meaning under clustering "
                 "'mean_threshold': leave one of the two out."
             )
+        if self.budget == "latency" and not self.latency_prompt_tokens:
+            raise ConfigError(
+                "budget 'latency' needs a prompt to measure, got latency_prompt_tokens 0."
+            )
         if not isinstance(self.cap_clusters, bool):
             raise ConfigError(f"cap_clusters must be true or false, got {self.cap_clusters!r}.")
         for name in ("preset", "language_model"):
@@ -219,6 +244,20 @@ class PruningConfig:
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
         if name == "seed" and value >= 2**32:  # scikit-learn takes 32 bits
             raise ConfigError(f"seed must be below 2**32, got {value}.")
+
+    def prompt_tokens(self, longest: int | None) -> int:
+        """Return the prompt that latency and FLOPs are stated for, at most what a model can read.
+
+        Args:
+            longest: Positions that the model knows; None where it has no limit.
+
+        Example:
+            >>> PruningConfig(pruning_ratio=0.3, latency_prompt_tokens=512).prompt_tokens(256)
+            240
+        """
+        wanted = self.latency_prompt_tokens or _DEFAULT_CONTEXT
+        most = wanted if longest is None else longest - self.latency_new_tokens
+        return max(1, min(wanted, most))
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able primitives."""

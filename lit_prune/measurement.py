@@ -65,8 +65,7 @@ def measure(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Meas
 
 def _prompts(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Tensor:
     """Return ``[latency_batch_size, prompt]`` ids from the score side, repeated if too short."""
-    longest = getattr(model.config, "max_position_embeddings", None) or config.latency_prompt_tokens
-    tokens = max(1, min(config.latency_prompt_tokens or 128, longest - config.latency_new_tokens))
+    tokens = config.prompt_tokens(getattr(model.config, "max_position_embeddings", None))
     stream = torch.cat([row.ids for row in rows.side("score")])
     wanted = tokens * config.latency_batch_size
     return stream.repeat(-(-wanted // len(stream)))[:wanted].reshape(
@@ -123,6 +122,39 @@ def report_rows(before: Measurement, after: Measurement | None) -> tuple[ReportR
         if one is not None
         for key, label, unit in table
     )
+
+
+def predicted_rows(
+    dense_seconds: float,
+    removed_seconds: float,
+    before: Measurement,
+    after: Measurement | None,
+) -> tuple[ReportRow, ...]:
+    """Lay what a latency table predicts beside what was measured; never the one for the other.
+
+    Args:
+        dense_seconds: What the table says of all sub-blocks.
+        removed_seconds: What it says of those units that go.
+        before: The dense model, measured.
+        after: The pruned model, measured; None in a dry run.
+    """
+    predicted = ReportRow(
+        key="predicted_decoder_seconds",
+        label="prompt and new tokens, predicted",
+        unit="seconds",
+        before=dense_seconds,
+        after=dense_seconds - removed_seconds,
+        note="sub-blocks, from the latency table",
+    )
+    measured = ReportRow(
+        key="whole_seconds",
+        label="prompt and new tokens, measured",
+        unit="seconds",
+        before=before.latency.whole_seconds if before.latency else None,
+        after=after.latency.whole_seconds if after and after.latency else None,
+        note="whole model",
+    )
+    return predicted, measured
 
 
 def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]:

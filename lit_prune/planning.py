@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_prune.allocation import make_budget
+from lit_prune.allocation import cost_of, make_budget
 from lit_prune.calibration import (
     Calibration,
     bypass_units,
@@ -23,6 +23,7 @@ from lit_prune.calibration import (
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError
 from lit_prune.importance import damage_curve, damped, order_damage
+from lit_prune.latency_table import refuse_other_workload, table_words, with_latency_table
 from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
 from lit_prune.metrics import perplexity_of
 from lit_prune.surgery import (
@@ -88,6 +89,7 @@ def calibrate(
 
     Raises:
         CalibrationError: If there is too little text, or an activation is not finite.
+        BudgetError: If a ratio of latency cannot be reached, as soon as latency is measured.
     """
     config = preset(config.preset).resolve(config)
     needs = preset(config.preset).all_needs(config)
@@ -96,6 +98,9 @@ def calibrate(
     calibration.require(config.min_calibration_tokens)
     if units is not None and not needs and rows.split:
         return calibration
+    if needs.latency:
+        calibration = with_latency_table(model, calibration, config)
+        make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
     replayed = replay(
         model,
         rows,
@@ -199,10 +204,12 @@ def make_plan(
     config = method.resolve(config)
     spec = spec_for(model)
     _check_calibration(model, calibration, config)
-    budget = make_budget(spec, config)
+    cost = cost_of(model, config, calibration.latency)
+    budget = make_budget(spec, config, cost)
     memory = {} if judged is None else judged
     # hashed once, not for every draft
     digest = None if config.compensation == "none" else weights_digest(model)
+    table = table_words(model, calibration) if config.budget == "latency" else ()
     solved: dict[SubBlock, dict[tuple[int, ...], Solved]] = {}
 
     def compensation_of(plan: PruningPlan) -> Compensation | None:
@@ -248,7 +255,14 @@ def make_plan(
         "source": method.source,
         "deviations": list(method.deviations),
         "channel_multiple": budget.channel_multiple,
-        "achieved_ratio": budget.removed(decision.counts) / spec.decoder_parameters,
+        "achieved_ratio": budget.achieved(decision.counts),
+        "budget": {
+            "resource": cost.resource,
+            "dense": cost.total,
+            "removed": budget.removed(decision.counts),
+            "removed_parameters": budget.removed_parameters(decision.counts),
+            "notes": [*cost.notes, *table],
+        },
         "method": decision.trace,
         "compensation": _describe(compensation),
         "calibration": calibration.describe(),
@@ -298,6 +312,8 @@ def _check_calibration(
             f"compensation {config.compensation!r} needs: it was made for another request. "
             "Calibrate again with these options."
         )
+    if config.budget == "latency":
+        refuse_other_workload(model, calibration, config)
 
 
 def versions() -> dict[str, str]:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.allocation import make_budget
+from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Calibration, collect_rows
 from lit_prune.config import PruningConfig
-from lit_prune.decoder import spec_for
 from lit_prune.errors import CalibrationError, UnsupportedModelError
-from lit_prune.measurement import Measurement, conditions, measure, report_rows
+from lit_prune.measurement import Measurement, conditions, measure, predicted_rows, report_rows
 from lit_prune.methods import Scores, preset
 from lit_prune.planning import Planned, calibrate, make_plan, versions
 from lit_prune.record import PruningRecord
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
 # Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
 # refused.
 _FEW_TOKENS = 8192
+# Where a footprint shows the resource of a budget.
+_RECOUNTED = {
+    "parameters": "decoder_parameters",
+    "flops": "flops_per_token",
+    "kv_cache_bytes": "kv_cache_bytes_per_token",
+    "weight_bytes": "decoder_weight_bytes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +95,7 @@ def prune(
     """
     config = PruningConfig.from_options(options)
     config = preset(config.preset).resolve(config)
-    spec = spec_for(model)
-    make_budget(spec, config)
+    refuse_impossible(model, config)
     refuse_non_finite_weights(model)
     if calibration is None:
         if dataloader is None:
@@ -118,11 +123,16 @@ def make_report(
     warnings: Sequence[str] = (),
 ) -> PruningReport:
     """Put what was asked, achieved and measured into one value."""
-    dense = before.footprint
-    if after is None:
-        removed = round(planned.plan.provenance["achieved_ratio"] * dense.decoder_parameters)
-    else:
+    dense, budget = before.footprint, planned.plan.provenance["budget"]
+    achieved, removed = planned.plan.provenance["achieved_ratio"], budget["removed_parameters"]
+    if after is not None:
         removed = dense.decoder_parameters - after.footprint.decoder_parameters
+        if counted := _RECOUNTED.get(config.budget):  # latency is predicted, not counted
+            whole, left = (getattr(size, counted) for size in (dense, after.footprint))
+            achieved = (whole - left) / whole
+    rows = report_rows(before, after)
+    if config.budget == "latency":
+        rows += predicted_rows(budget["dense"] / 1e9, budget["removed"] / 1e9, before, after)
     few = []
     if calibration.num_tokens < _FEW_TOKENS:
         few = [
@@ -142,12 +152,16 @@ def make_report(
         )
     return PruningReport(
         requested_ratio=config.pruning_ratio,
-        achieved_ratio=removed / dense.decoder_parameters,
+        achieved_ratio=achieved,
         total_ratio=removed / dense.total_parameters,
         preset=config.preset,
         plan_digest=planned.plan.digest,
         dry_run=after is None,
-        rows=report_rows(before, after),
+        rows=rows,
+        budget=config.budget,
+        parameter_ratio=None
+        if config.budget == "parameters"
+        else removed / dense.decoder_parameters,
         calibration=calibration.describe(),
         search=planned.plan.provenance["method"],
         config=config.to_dict(),
@@ -156,6 +170,7 @@ def make_report(
             *calibration.notes,
             *few,
             *fallback,
+            *budget["notes"],
             *planned.plan.provenance["compensation"]["notes"],
             *warnings,
         ),

@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lit_prune.config import RESOURCES, Resource
 from lit_prune.errors import ArtifactError
 
 Unit = Literal["count", "bytes", "seconds", "tokens_per_second", "nats", "perplexity"]
@@ -45,14 +46,18 @@ class PruningReport:
     """What was asked, what was achieved, what it cost. JSON-able throughout.
 
     Attributes:
-        requested_ratio: Fraction of decoder parameters that was to be removed.
-        achieved_ratio: Fraction that was removed, from a recount of the modules (in a dry run:
-            planned).
+        requested_ratio: Fraction of the decoder layers' ``budget`` that was to be removed.
+        achieved_ratio: Fraction that was removed, from a recount of the modules (in a dry run, and
+            of latency: planned).
         total_ratio: Fraction of *all* parameters, embeddings and head included.
         preset: Method.
         plan_digest: Digest of the plan.
         dry_run: True where nothing was changed.
         rows: The table.
+        budget: What the two ratios are fractions of: decoder parameters, FLOPs, cache bytes, weight
+            bytes, or latency as the measured table predicts it.
+        parameter_ratio: Fraction of the decoder parameters that was removed, where ``budget`` is
+            something else.
         calibration: Text behind it: samples, tokens a side, digest, split in words.
         search: What the method did: ratios, clusters, search nodes, optimality.
         config: The whole request.
@@ -68,6 +73,8 @@ class PruningReport:
     plan_digest: str
     dry_run: bool
     rows: tuple[ReportRow, ...]
+    budget: Resource = "parameters"
+    parameter_ratio: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -102,10 +109,16 @@ class PruningReport:
     def headline(self) -> str:
         """Return one sentence: what was asked and what was achieved."""
         verb = "would remove" if self.dry_run else "removed"
+        return f"{self.preset}: {verb} {self.ratios()}; plan {self.plan_digest[:12]}"
+
+    def ratios(self) -> str:
+        """Return what was removed of what, and what was asked."""
+        own = ""
+        if self.parameter_ratio is not None:
+            own = f" {self.parameter_ratio:.2%} of the decoder parameters,"
         return (
-            f"{self.preset}: {verb} {self.achieved_ratio:.2%} of the decoder parameters (asked "
-            f"{self.requested_ratio:.2%}), {self.total_ratio:.2%} of all parameters; plan "
-            f"{self.plan_digest[:12]}"
+            f"{self.achieved_ratio:.2%} of the {RESOURCES[self.budget]} (asked "
+            f"{self.requested_ratio:.2%}),{own} {self.total_ratio:.2%} of all parameters"
         )
 
     def __str__(self) -> str:
@@ -155,6 +168,7 @@ class PruningReport:
         try:
             raw = json.loads(text)
             rows = tuple(ReportRow(**row) for row in raw.pop("rows"))
+            RESOURCES[raw.get("budget", "parameters")]  # a KeyError where it names nothing
             return cls(**{**raw, "rows": rows, "warnings": tuple(raw["warnings"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(f"not a lit_prune report: {error!r}.") from error

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
+    from lit_prune.config import Resource
     from lit_prune.plan import PruningPlan
 
 
@@ -27,13 +28,14 @@ class SweepPoint:
     """One budget.
 
     Attributes:
-        requested: Fraction of decoder parameters asked for.
+        requested: Fraction of the request's ``budget`` (decoder parameters) asked for.
         achieved: Fraction that the plan removes; None where the ratio cannot be reached.
         plan: What stays; None where the ratio cannot be reached.
         predicted_damage: What the search expects the plan to cost, in the unit of the request's
             sensitivity (nats per token under ``kl``); None for presets that predict nothing.
         mean_nll: Measured on the choose side, nats per token; None unless asked for.
         note: Why there is no plan.
+        budget: What the ratios are fractions of.
     """
 
     requested: float
@@ -42,6 +44,7 @@ class SweepPoint:
     predicted_damage: float | None = None
     mean_nll: float | None = None
     note: str = ""
+    budget: Resource = "parameters"
 
 
 def sweep(
@@ -57,7 +60,7 @@ def sweep(
     Args:
         model: The dense model that ``calibration`` was made on.
         calibration: Statistics, from ``prune(...).calibration`` or `Calibration.load`.
-        ratios: Fractions of decoder parameters to remove.
+        ratios: Fractions of the request's ``budget`` (decoder parameters) to remove.
         measured: Also measure each plan on the choose side, by masking the dense model: one pass
             over that text for each ratio. Without it no forward pass is made by presets that score
             once.
@@ -77,13 +80,14 @@ def sweep(
         try:
             planned = make_plan(model, calibration, config)
         except BudgetError as error:
-            points.append(SweepPoint(ratio, note=str(error)))
+            points.append(SweepPoint(ratio, note=str(error), budget=config.budget))
             continue
         point = SweepPoint(
             ratio,
             planned.plan.provenance["achieved_ratio"],
             planned.plan,
             planned.plan.provenance["method"].get("predicted_damage"),
+            budget=config.budget,
         )
         if measured:
             with quiet(model), masked(model, planned.plan, planned.compensation):

@@ -153,7 +153,7 @@ def test_f02_the_refusal_costs_no_forward_and_names_the_range():
     with (
         unchanged(model),
         counted_forwards(model) as forwards,
-        pytest.raises(BudgetError, match=r"pruning_ratio 0.95 cannot be reached .*lie in \[0, 0\."),
+        pytest.raises(BudgetError, match=r"ratio 0.95 of .* cannot be reached .*lie in \[0, 0\."),
     ):
         run(model, 0.95, granularities=("channel",), protected_layers=(0,))
     assert forwards == []

@@ -1,8 +1,9 @@
 """From scores and a budget to what goes: pure functions over plain numbers, no model in sight."""
 
 from lit_prune.allocation.alike import alike_choice
-from lit_prune.allocation.budget import Budget, make_budget
+from lit_prune.allocation.budget import Budget, make_budget, refuse_impossible
 from lit_prune.allocation.clusters import cluster_ladder, lowest_cluster, mean_ladder
+from lit_prune.allocation.cost import Cost, cost_of, latency_cost, parameter_cost
 from lit_prune.allocation.depth_first import depth_first
 from lit_prune.allocation.greedy import greedy
 from lit_prune.allocation.joint import JointSelection, Level, joint_search
@@ -16,6 +17,7 @@ from lit_prune.allocation.uniform import uniform_choice, uniform_counts
 __all__ = [
     "Budget",
     "Candidate",
+    "Cost",
     "JointSelection",
     "Level",
     "Ranking",
@@ -23,16 +25,20 @@ __all__ = [
     "alike_choice",
     "block_ratios",
     "cluster_ladder",
+    "cost_of",
     "depth_first",
     "global_choice",
     "greedy",
     "joint_search",
+    "latency_cost",
     "lowest_cluster",
     "make_budget",
     "mean_ladder",
     "meet",
+    "parameter_cost",
     "ratio_choice",
     "reachable_totals",
+    "refuse_impossible",
     "require_met",
     "settle",
     "settled",

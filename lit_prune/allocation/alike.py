@@ -36,7 +36,7 @@ def alike_choice(
     Raises:
         BudgetError: If no equal widths meet the ratio; names the nearest.
     """
-    spec, whole = budget.spec, all_kept(budget.spec)
+    spec, cost, whole = budget.spec, budget.cost, all_kept(budget.spec)
     layers = [[(block.index, part.kind) for part in block.sub_blocks] for block in spec.blocks]
     layers = [places for places in layers if places]
     shared: dict[str, set[int]] = {}
@@ -44,35 +44,48 @@ def alike_choice(
         some = {count for count in allowed if count}
         shared[kind] = shared[kind] & some if kind in shared else some
     removable = [all(0 in budget.allowed[place] for place in places) for places in layers]
+    slack = cost.bias * (len(whole) + 1)
     best: tuple[float, dict[SubBlock, int]] | None = None
-    nearest = math.inf
+    below, above = 0.0, math.inf
     for widths in product(*(sorted(counts) for counts in shared.values())):
         width = dict(zip(shared, widths, strict=True))
         counts = {place: width[place[1]] for place in whole}
-        cost = {place: damage[place][whole[place] - counts[place]] for place in whole}
+        harm = {place: damage[place][whole[place] - counts[place]] for place in whole}
         extra = [
-            sum(damage[place][whole[place]] - cost[place] for place in places) for places in layers
+            sum(damage[place][whole[place]] - harm[place] for place in places) for places in layers
         ]
         leaving = sorted(
             (i for i in range(len(layers)) if removable[i]), key=lambda i: (extra[i], i)
         )
-        total = sum(cost.values())
+        total, left = sum(harm.values()), cost.of(counts)
         for number in range(len(leaving) + 1):
             if number:
+                gone = layers[leaving[number - 1]]
                 total += extra[leaving[number - 1]]
-                counts |= dict.fromkeys(layers[leaving[number - 1]], 0)
+                left -= sum(cost.kept[place][counts[place]] for place in gone)
+                counts |= dict.fromkeys(gone, 0)
             if not any(count for (_, kind), count in counts.items() if kind == "attention"):
                 break
-            deficit = budget.deficit(counts)
-            nearest = min(nearest, abs(deficit), key=abs)
-            if abs(deficit) <= budget.tolerance and (best is None or total < best[0]):
-                best = (total, dict(counts))
-            if deficit < -budget.tolerance:
+            most, target = cost.total - left, budget.target  # before biases
+            if most - slack - budget.tolerance <= target <= most + budget.tolerance or (
+                best is None and below < most and most - slack < above
+            ):  # others are not worth the counting of their biases
+                removed = budget.removed(counts)
+                met = abs(target - removed) <= budget.tolerance and counts != whole
+                if met and (best is None or total < best[0]):
+                    best = (total, dict(counts))
+                if removed <= target:
+                    below = max(below, removed)
+                else:
+                    above = min(above, removed)
+            if most - slack - budget.tolerance > target:
                 break
     if best is None:
+        nearest = [f"{total / cost.total:.4f}" for total in (below, above) if total < math.inf]
         raise BudgetError(
-            f"no equal widths of all layers meet pruning_ratio {budget.config.pruning_ratio:g}: "
-            f"the nearest miss it by {nearest / spec.decoder_parameters:.4f} (channel_multiple "
-            f"{budget.channel_multiple}). Set a smaller channel_multiple, or allow blocks to go."
+            f"pruning_ratio {budget.config.pruning_ratio:g} of the {cost.words} cannot be reached "
+            f"by equal widths in all layers: the nearest are {' and '.join(nearest)} "
+            f"(channel_multiple {budget.channel_multiple}). Ask for one of these, set a smaller "
+            "channel_multiple, or allow blocks to go."
         )
     return best[1], best[0]

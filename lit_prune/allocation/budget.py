@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lit_prune.allocation.alike import alike_choice
+from lit_prune.allocation.cost import Cost, cost_of, parameter_cost
 from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.allocation.uniform import uniform_choice, uniform_choices
 from lit_prune.config import RATIO_TOLERANCE
-from lit_prune.decoder import SubBlock, all_kept, remainder
+from lit_prune.decoder import SubBlock, all_kept, remainder, spec_for
 from lit_prune.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from transformers import PreTrainedModel
 
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec
@@ -22,7 +26,7 @@ _FAVOURITE_MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A request against one model, in parameters.
+    """A request against one model.
 
     Attributes:
         spec: The decoder.
@@ -30,22 +34,24 @@ class Budget:
         channel_multiple: Kept channel counts are multiples of it, or all.
         allowed: Unit counts that each sub-block may keep, ascending; 0 where it may be removed
             whole.
+        cost: What unit counts cost in the resource of the request.
     """
 
     spec: DecoderSpec
     config: PruningConfig
     channel_multiple: int
     allowed: dict[SubBlock, tuple[int, ...]]
+    cost: Cost
 
     @property
     def target(self) -> float:
-        """Parameters to remove."""
-        return self.config.pruning_ratio * self.spec.decoder_parameters
+        """How much to remove, in the unit of `cost`."""
+        return self.config.pruning_ratio * self.cost.total
 
     @property
     def tolerance(self) -> float:
-        """Parameters by which the removal may miss its target."""
-        return RATIO_TOLERANCE * self.spec.decoder_parameters
+        """By how much the removal may miss its target."""
+        return RATIO_TOLERANCE * self.cost.total
 
     def constants(self, counts: Mapping[SubBlock, int]) -> set[SubBlock]:
         """Return the sub-blocks whose cut units leave a constant behind."""
@@ -56,12 +62,23 @@ class Budget:
         return {place for place in cut if counts[place] or self.config.removed_mean == "add"}
 
     def removed(self, counts: Mapping[SubBlock, int]) -> int:
-        """Return the parameters that leave, less the biases that compensation adds. Exact."""
+        """Return how much leaves, less the biases that compensation adds. Exact."""
+        biases = 0
+        if self.cost.bias:
+            biases = remainder(self.spec, counts, self.constants(counts)).new_biases
+        return self.cost.total - self.cost.of(counts, biases)
+
+    def achieved(self, counts: Mapping[SubBlock, int]) -> float:
+        """Return what leaves as a fraction."""
+        return self.removed(counts) / self.cost.total
+
+    def removed_parameters(self, counts: Mapping[SubBlock, int]) -> int:
+        """Return the parameters that leave, whatever the budget is expressed in."""
         left = remainder(self.spec, counts, self.constants(counts))
         return self.spec.decoder_parameters - left.num_parameters
 
     def deficit(self, counts: Mapping[SubBlock, int]) -> float:
-        """Return how many parameters too few are removed (negative: too many)."""
+        """Return how much too little is removed (negative: too much)."""
         return self.target - self.removed(counts)
 
     def met_by(self, counts: Mapping[SubBlock, int]) -> bool:
@@ -74,12 +91,29 @@ class Budget:
         return min(count for count in self.allowed[place] if count and count >= units - cut)
 
 
-def make_budget(spec: DecoderSpec, config: PruningConfig) -> Budget:
+def refuse_impossible(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Refuse a (resolved) request that no plan can meet, as far as that is known before measuring.
+
+    Everything is, but for a budget in latency: its ratios are known when its table was measured.
+
+    Raises:
+        ConfigError: If a protected layer does not exist, or everything is protected.
+        BudgetError: If the ratio cannot be reached; names what can.
+    """
+    spec = spec_for(model)
+    if config.budget == "latency":
+        _check_layers(spec, config)
+    else:
+        make_budget(spec, config, cost_of(model, config))
+
+
+def make_budget(spec: DecoderSpec, config: PruningConfig, cost: Cost | None = None) -> Budget:
     """Turn a request into a budget, or refuse it.
 
     Args:
         spec: The model.
         config: The request.
+        cost: What unit counts cost in the resource of the request (`cost_of`); None: parameters.
 
     Raises:
         ConfigError: If a protected layer does not exist, or everything is protected.
@@ -95,11 +129,14 @@ def make_budget(spec: DecoderSpec, config: PruningConfig) -> Budget:
         ...                    fingerprint="")
         >>> make_budget(spec, PruningConfig(pruning_ratio=0.3, granularities=["block"]))
         Traceback (most recent call last):
-        lit_prune.errors.BudgetError: pruning_ratio 0.3 cannot be reached...
+        lit_prune.errors.BudgetError: pruning_ratio 0.3 of the decoder parameters cannot be...
     """
     _check_layers(spec, config)
-    multiple = config.channel_multiple or _auto_multiple(spec, config)
-    budget = Budget(spec, config, multiple, _allowed(spec, config, multiple))
+    cost = cost or parameter_cost(spec)
+    if cost.resource != config.budget:
+        raise ConfigError(f"budget is {config.budget!r}, the cost is of {cost.resource!r}.")
+    multiple = config.channel_multiple or _auto_multiple(spec, config, cost)
+    budget = Budget(spec, config, multiple, _allowed(spec, config, multiple), cost)
     if config.pruning_ratio:
         _refuse_unreachable(budget)
     return budget
@@ -118,20 +155,18 @@ def _check_layers(spec: DecoderSpec, config: PruningConfig) -> None:
         )
 
 
-def _auto_multiple(spec: DecoderSpec, config: PruningConfig) -> int:
+def _auto_multiple(spec: DecoderSpec, config: PruningConfig, cost: Cost) -> int:
     """Return the largest hardware-friendly multiple whose step is fine enough for the ratio."""
-    mlps = [block.mlp for block in spec.blocks if block.mlp]
+    mlps = [cost.kept[index, part.kind] for index, part in spec.sub_blocks if part.kind == "mlp"]
     if not mlps:
         return 1
-    channels = min(mlp.num_channels for mlp in mlps)
-    step = max(mlp.unit_parameters for mlp in mlps) * (
+    channels = min(len(costs) - 1 for costs in mlps)
+    # what one channel costs, on average: measured times rise in steps
+    step = max((costs[-1] - costs[1]) / max(len(costs) - 2, 1) for costs in mlps) * (
         len(mlps) if config.allocator in ("uniform", "uniform_widths") else 1
     )
     for multiple in _FAVOURITE_MULTIPLES:
-        if (
-            multiple <= channels // 4
-            and step * multiple <= RATIO_TOLERANCE * spec.decoder_parameters
-        ):
+        if multiple <= channels // 4 and step * multiple <= RATIO_TOLERANCE * cost.total:
             return multiple
     return 1
 
@@ -156,7 +191,12 @@ def _allowed(
 
 def _refuse_unreachable(budget: Budget) -> None:
     """Refuse a ratio that no choice of counts can meet, naming the nearest that can be met."""
-    total = budget.spec.decoder_parameters
+    total = budget.cost.total
+    if not total:
+        raise BudgetError(f"the model has no {budget.cost.words}: nothing could be removed.")
+    if budget.config.allocator == "uniform_widths":
+        alike_choice(budget, {place: [0.0] * (n + 1) for place, n in all_kept(budget.spec).items()})
+        return
     if budget.config.allocator == "uniform":
         found = [uniform_choice(budget)]
     else:
@@ -169,13 +209,13 @@ def _refuse_unreachable(budget: Budget) -> None:
         most = max(budget.removed(counts) for _, counts in uniform_choices(budget))
     else:
         most = totals.most()
-    near = " and ".join(f"{budget.removed(counts) / total:.4f}" for counts in found) or "0"
+    near = " and ".join(f"{budget.achieved(counts):.4f}" for counts in found) or "0"
     raise BudgetError(
-        f"pruning_ratio {budget.config.pruning_ratio:g} cannot be reached within "
-        f"{RATIO_TOLERANCE * 100:g} percentage points by allocator {budget.config.allocator!r} "
-        f"with granularities {list(budget.config.granularities)}, channel_multiple "
-        f"{budget.channel_multiple}, min_kv_groups {budget.config.min_kv_groups} and "
-        f"{len(budget.config.protected_layers)} protected layer(s): the reachable ratios lie in "
-        f"[0, {max(most, 0) / total:.4f}], the nearest are {near}. Allow more granularities, a "
-        "smaller channel_multiple, or ask for one of these."
+        f"pruning_ratio {budget.config.pruning_ratio:g} of the {budget.cost.words} cannot be "
+        f"reached within {RATIO_TOLERANCE * 100:g} percentage points by allocator "
+        f"{budget.config.allocator!r} with granularities {list(budget.config.granularities)}, "
+        f"channel_multiple {budget.channel_multiple}, min_kv_groups "
+        f"{budget.config.min_kv_groups} and {len(budget.config.protected_layers)} protected "
+        f"layer(s): the reachable ratios lie in [0, {max(most, 0) / total:.4f}], the nearest are "
+        f"{near}. Allow more granularities, a smaller channel_multiple, or ask for one of these."
     )

@@ -41,7 +41,7 @@ class _Choice(NamedTuple):
 
 
 class ReachableTotals:
-    """All totals of removed parameters that allowed counts add up to, biases of compensation paid.
+    """All totals that allowed counts can remove of the budget's resource, new biases paid.
 
     One bit stands for one total, in units of the greatest common divisor of all sizes; one big
     integer for each state in which the sub-blocks so far may have left the decoder. Exact, unless
@@ -55,16 +55,20 @@ class ReachableTotals:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._places = [(index, part) for index, part in budget.spec.sub_blocks]
-        self._bias = budget.spec.hidden_size if budget.config.compensation != "none" else 0
+        cost = budget.cost
+        self._bias = cost.bias if budget.config.compensation != "none" else 0
         first = budget.spec.blocks[LEADING[0]]
         self._start = _State(bool(self._bias) and not first.constant_parameters, False, False)
-        sizes = [part.unit_parameters for _, part in self._places]
-        sizes += [part.fixed_parameters for _, part in self._places]
+        sizes = {
+            cost.kept[place][-1] - cost.kept[place][count]
+            for place, allowed in budget.allowed.items()
+            for count in allowed
+        }
         self._unit = math.gcd(self._bias, *sizes) or 1
-        bits = 8 * (budget.spec.decoder_parameters // self._unit + 1)
+        bits = 8 * (cost.total // self._unit + 1)
         options = sum(len(allowed) for allowed in budget.allowed.values())
         if bits * options > _MOST_BIT_OPERATIONS or bits * len(self._places) > _MOST_BITS:
-            self._unit = max(budget.spec.decoder_parameters // _BUCKETS, 1)
+            self._unit = max(cost.total // _BUCKETS, 1)
         self._raise = -(-self._bias // self._unit)
         self._options = [self._distinct(index, part) for index, part in self._places]
         self._levels: list[dict[_State, int]] = [{self._start: 1}]
@@ -96,7 +100,7 @@ class ReachableTotals:
         The last layers get their wish first.
 
         Args:
-            total: A reachable total, parameters.
+            total: A reachable total.
             wished: Kept units by ``(layer, kind)``.
         """
         counts = dict(wished)
@@ -119,12 +123,14 @@ class ReachableTotals:
     def _distinct(self, index: int, part: SubBlockSpec) -> list[int]:
         """Return the allowed counts that fall on different bits."""
         allowed = self._budget.allowed[index, part.kind]
-        by_bit = {count * part.unit_parameters // self._unit: count for count in allowed}
+        costs = self._budget.cost.kept[index, part.kind]
+        by_bit = {costs[count] // self._unit: count for count in allowed}
         return sorted({*by_bit.values(), min(allowed), max(allowed)})
 
     def _choices(self, level: int, before: _State) -> Iterator[_Choice]:
         """Yield what may happen to one sub-block; `remainder` is the rule that this follows."""
         (index, part), config = self._places[level], self._budget.config
+        costs = self._budget.cost.kept[index, part.kind]
         # where halves cannot go alone, both sub-blocks of a layer go or both stay
         second = level > 0 and self._places[level - 1][0] == index
         together = second and "sub_block" not in config.granularities
@@ -134,12 +140,12 @@ class ReachableTotals:
             attends = before.attends or (bool(count) and part.kind == "attention")
             if not count:
                 pays = before.pays and config.removed_mean == "add"
-                freed = part.num_parameters - (self._bias if pays else 0)
+                freed = costs[-1] - (self._bias if pays else 0)
                 after = _State(before.pays and not pays, attends, not second)
             else:
                 pays = bool(self._bias) and not part.output_bias
                 cut = part.num_units - count
-                freed = cut * part.unit_parameters - (self._bias if pays and cut else 0)
+                freed = costs[-1] - costs[count] - (self._bias if pays and cut else 0)
                 after = _State(pays and not cut, attends, False)
             yield _Choice(count, freed, after)
 

@@ -139,13 +139,12 @@ def require_met(budget: Budget, counts: Mapping[SubBlock, int]) -> None:
     Raises:
         BudgetError: Names what they remove.
     """
-    achieved = budget.removed(counts) / budget.spec.decoder_parameters
     if not budget.met_by(counts) or counts == all_kept(budget.spec):
         raise BudgetError(
-            f"pruning_ratio {budget.config.pruning_ratio:g} was not met: the nearest plan of "
-            f"allocator {budget.config.allocator!r} removes {achieved:.4f} (channel_multiple "
-            f"{budget.channel_multiple}). Ask for that, allow more granularities, or set a "
-            "smaller channel_multiple."
+            f"pruning_ratio {budget.config.pruning_ratio:g} of the {budget.cost.words} was not "
+            f"met: the nearest plan of allocator {budget.config.allocator!r} removes "
+            f"{budget.achieved(counts):.4f} (channel_multiple {budget.channel_multiple}). Ask for "
+            "that, allow more granularities, or set a smaller channel_multiple."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SCHEMA = 1
 # Statistics that are one tensor for each sub-block.
-_BY_PLACE = ("covariances", "held_out", "curves", "sensitivities", "taylor", "inputs")
+_BY_PLACE = ("covariances", "held_out", "curves", "sensitivities", "taylor", "inputs", "latency")
 # What reading a file that is something else may raise.
 _UNREADABLE = (
     AttributeError,
@@ -60,6 +60,8 @@ class Calibration:
         taylor: For each sub-block, `TAYLOR_SCORES` of every unit, ``[units, scores]``.
         similarities: Mean cosine of each block's input and output, ``[layers]``.
         inputs: Second moment of the input of each sub-block (after its norm), ``[hidden_size]``.
+        latency: Measured time of each sub-block, rows of (kept units, seconds), ``[widths, 2]``.
+        latency_conditions: What that was measured under: device, dtype, batch, tokens, repetitions.
         target: Where that state was read, ``after_norm`` or ``before_norm``.
         source: Where ``units`` come from: ``validation loop`` or ``replay``.
         notes: What the report says about the text, in words.
@@ -78,6 +80,8 @@ class Calibration:
     taylor: dict[Probed, Tensor] | None = None
     similarities: Tensor | None = None
     inputs: dict[Probed, Tensor] | None = None
+    latency: dict[Probed, Tensor] | None = None
+    latency_conditions: dict[str, Any] = field(default_factory=dict)
     target: str = "after_norm"
     source: str = "validation loop"
     notes: tuple[str, ...] = ()
@@ -116,6 +120,7 @@ class Calibration:
             "sensitivities": needs.sensitivities,
             "taylor": needs.taylor,
             "similarities": needs.residuals,
+            "latency": needs.latency,
         }
         return tuple(name for name, here in wanted.items() if here and getattr(self, name) is None)
 
@@ -132,6 +137,7 @@ class Calibration:
             "split": self.rows.describe_split(),
             "statistics_from": self.source,
             "notes": list(self.notes),
+            **({"latency_table": self.latency_conditions} if self.latency else {}),
         }
 
     def require(self, minimum: int) -> None:
@@ -174,6 +180,7 @@ class Calibration:
             "source": self.source,
             "target": self.target,
             "notes": list(self.notes),
+            "latency_conditions": self.latency_conditions,
         }
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         beside = path.with_name(f".{path.name}.tmp")
@@ -230,6 +237,7 @@ class Calibration:
             changes=dict(sorted(changes.items())) or None,
             similarities=tensors.get("similarities"),
             **{group: dict(sorted(found.items())) for group, found in by_place.items()},
+            latency_conditions=dict(header.get("latency_conditions", {})),
             target=header["target"],
             source=header["source"],
             notes=tuple(header["notes"]),

@@ -21,6 +21,7 @@ class Needs:
         taylor: Gradient scores of every unit (needs backward passes).
         residuals: What a pass over the residual stream shows: similarity of each block's input and
             output, second moments of each sub-block's input.
+        latency: Measured seconds of every sub-block at several widths.
 
     Example:
         >>> Needs(covariances=True) | Needs(taylor=True)
@@ -34,6 +35,7 @@ class Needs:
     sensitivities: bool = False
     taylor: bool = False
     residuals: bool = False
+    latency: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         """Return what either asks for."""
@@ -45,6 +47,7 @@ class Needs:
             sensitivities=self.sensitivities or other.sensitivities,
             taylor=self.taylor or other.taylor,
             residuals=self.residuals or other.residuals,
+            latency=self.latency or other.latency,
         )
 
     def __bool__(self) -> bool:

@@ -5,6 +5,7 @@ from lit_prune.decoder.describe import fingerprint, spec_for
 from lit_prune.decoder.families import FAMILIES, Family, family_of
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
+from lit_prune.decoder.prices import Price, constant_bytes, unit_prices
 from lit_prune.decoder.quiet import quiet
 from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
 from lit_prune.decoder.spec import (
@@ -27,14 +28,17 @@ __all__ = [
     "DecoderSpec",
     "Family",
     "MlpSpec",
+    "Price",
     "Remainder",
     "SubBlock",
     "SubBlockKind",
     "all_kept",
+    "constant_bytes",
     "family_of",
     "find_causal_lm",
     "fingerprint",
     "quiet",
     "remainder",
     "spec_for",
+    "unit_prices",
 ]

@@ -90,6 +90,14 @@ class DecoderParts:
         path = self.family.attention_output if kind == "attention" else self.family.mlp_output
         return f"{self.family.layers}.{layer}.{path}"
 
+    def attended_keys(self, layer: int, context_length: int) -> int:
+        """Return how many of ``context_length`` keys a token of this layer attends to."""
+        module = self.sub_block(layer, "attention")
+        # Qwen says per layer whether it slides (None: it does not), Mistral only in its config
+        own = getattr(self.model.config, "sliding_window", None)
+        window = getattr(module, "sliding_window", own)
+        return context_length if window is None else min(context_length, int(window))
+
     def _linear(self, layer: int, path: str) -> nn.Linear:
         module = self.layers[layer].get_submodule(path)
         assert isinstance(module, nn.Linear)  # noqa: S101 - describe refuses anything else

@@ -28,11 +28,13 @@ class Remainder:
         holders: For each output bias that receives constants, the sub-blocks whose constants it
             receives.
         num_parameters: Parameters of the layers that stay, new biases included.
+        new_biases: How many biases that is, of ``hidden_size`` each.
     """
 
     blocks: tuple[int, ...]
     holders: dict[SubBlock, tuple[SubBlock, ...]]
     num_parameters: int
+    new_biases: int
 
 
 def remainder(
@@ -58,7 +60,8 @@ def remainder(
         >>> spec = DecoderSpec(model_type="t", hidden_size=2, blocks=blocks, total_parameters=60,
         ...                    fingerprint="")
         >>> remainder(spec, {(0, "mlp"): 3, (1, "mlp"): 0}, {(1, "mlp")})
-        Remainder(blocks=(0,), holders={(0, 'mlp'): ((1, 'mlp'),)}, num_parameters=22)
+        Remainder(blocks=(0,), holders={(0, 'mlp'): ((1, 'mlp'),)}, num_parameters=22,
+                  new_biases=1)
     """
     holders: dict[SubBlock, tuple[SubBlock, ...]] = {}
     holder = LEADING
@@ -69,19 +72,20 @@ def remainder(
         if place in constants:
             holders[holder] = (*holders.get(holder, ()), place)
     leading = LEADING in holders and not counts.get(LEADING)
-    blocks, total = [], 0
+    blocks, total, biases = [], 0, 0
     for block in spec.blocks:
         kept = [part for part in block.sub_blocks if counts[block.index, part.kind]]
         shell = block.constant_parameters or (leading and block.index == LEADING[0])
         if not kept and not shell:
             continue
         blocks.append(block.index)
-        total += block.constant_parameters or (spec.hidden_size if shell else 0)
+        total += block.constant_parameters
+        biases += bool(shell and not block.constant_parameters)
         for part in kept:
             total += counts[block.index, part.kind] * part.unit_parameters + part.fixed_parameters
             if (block.index, part.kind) in holders and not part.output_bias:
-                total += spec.hidden_size
-    return Remainder(tuple(blocks), holders, total)
+                biases += 1
+    return Remainder(tuple(blocks), holders, total + biases * spec.hidden_size, biases)
 
 
 def all_kept(spec: DecoderSpec) -> dict[SubBlock, int]:

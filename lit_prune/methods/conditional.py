@@ -214,7 +214,7 @@ def _search(case: Case, levels: list[list[Level]]) -> tuple[dict[str, Any] | Non
     """
     budget, limited = case.budget, False
     attentions = sum(part.kind == "attention" for _, part in case.spec.sub_blocks)
-    for slack in (case.config.search_tolerance * case.spec.decoder_parameters, budget.tolerance):
+    for slack in (case.config.search_tolerance * budget.cost.total, budget.tolerance):
         try:
             selection = joint_search(
                 levels,

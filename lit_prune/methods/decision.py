@@ -45,6 +45,7 @@ PAPER_OPTIONS = (
 )
 CONDITIONAL_OPTIONS = (
     *ENTROPY_OPTIONS,
+    "budget",
     "search_tolerance",
     "unit_score",
     "sensitivity",
@@ -221,6 +222,8 @@ class Method:
 
     def all_needs(self, config: PruningConfig) -> Needs:
         """Return what has to be measured for this (resolved) request."""
+        table = Needs(latency=config.budget == "latency")
         if not config.pruning_ratio:
-            return Needs()
-        return self.needs(config) | Needs(covariances=config.compensation == "least_squares")
+            return table
+        squares = Needs(covariances=config.compensation == "least_squares")
+        return self.needs(config) | squares | table

@@ -1,10 +1,11 @@
 """What people read: perplexity, latency, footprint."""
 
 from lit_prune.metrics.footprint import Footprint, FootprintResult, footprint_of
-from lit_prune.metrics.latency import Latency, LatencyResult, measure_latency
+from lit_prune.metrics.latency import Latency, LatencyResult, device_words, measure_latency
 from lit_prune.metrics.peak import PeakMemory, measure_peak
 from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexity_of
 from lit_prune.metrics.speedup import LatencyComparison, Speedup, compare
+from lit_prune.metrics.sub_block_latency import SubBlockLatency, measure_sub_blocks
 
 __all__ = [
     "Footprint",
@@ -16,9 +17,12 @@ __all__ = [
     "Perplexity",
     "PerplexityResult",
     "Speedup",
+    "SubBlockLatency",
     "compare",
+    "device_words",
     "footprint_of",
     "measure_latency",
     "measure_peak",
+    "measure_sub_blocks",
     "perplexity_of",
 ]

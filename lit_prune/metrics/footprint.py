@@ -42,6 +42,7 @@ class FootprintResult:
         kv_cache_bytes_per_token: Keys and values that one token leaves in the cache of all layers,
             in the dtype of the key projection. (A sliding window bounds the tokens, not the bytes
             of each.)
+        decoder_weight_bytes: Bytes of the parameters of the decoder layers.
         weight_bytes: Bytes of the storages that the parameters keep alive, shared ones once. More
             than parameters x item size where a parameter is a slice that holds on to a larger
             storage.
@@ -55,6 +56,7 @@ class FootprintResult:
     head_flops_per_token: int
     context_length: int
     kv_cache_bytes_per_token: int
+    decoder_weight_bytes: int
     weight_bytes: int
     peak_forward_bytes: int | None = None
     peak_method: str | None = None
@@ -114,6 +116,7 @@ def footprint_of(
         head_flops_per_token=0 if head is None else 2 * head.weight.numel(),
         context_length=context_length,
         kv_cache_bytes_per_token=sum(_kv_bytes(*where) for where in attention),
+        decoder_weight_bytes=sum(p.nbytes for p in parts.layers.parameters()),
         weight_bytes=_storage_bytes(model.parameters()),
     )
     if peak_ids is None:
@@ -134,11 +137,7 @@ def _linear_flops(layers: nn.Module) -> int:
 
 def _attention_flops(parts: DecoderParts, layer: int, context_length: int) -> int:
     query_width = parts.inputs(layer, "attention")[0].weight.shape[0]  # heads * head_dim
-    module = parts.sub_block(layer, "attention")
-    # Qwen says per layer whether it slides (None: it does not), Mistral only in its config
-    window = getattr(module, "sliding_window", getattr(parts.model.config, "sliding_window", None))
-    keys = context_length if window is None else min(context_length, int(window))
-    return 2 * 2 * query_width * keys
+    return 2 * 2 * query_width * parts.attended_keys(layer, context_length)
 
 
 def _kv_bytes(parts: DecoderParts, layer: int) -> int:

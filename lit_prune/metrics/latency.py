@@ -54,6 +54,11 @@ class LatencyResult:
     decode_spread: float
 
     @property
+    def whole_seconds(self) -> float:
+        """Prefill and all decoding steps together."""
+        return self.prefill_seconds + self.new_tokens * self.decode_seconds_per_token
+
+    @property
     def prefill_tokens_per_second(self) -> float:
         """Prompt tokens of the whole batch per second."""
         return self.batch_size * self.prompt_tokens / self.prefill_seconds
@@ -181,7 +186,7 @@ def measure_latency(
         if run >= warmup:
             metric.update(prefill_seconds, decode_seconds / new_tokens)
     return LatencyResult(
-        device=_device_words(parameter.device),
+        device=device_words(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
         batch_size=prompt_ids.shape[0],
         prompt_tokens=prompt_ids.shape[1],
@@ -214,11 +219,11 @@ def _time_once(
         if "logits_to_keep" in inspect.signature(model.forward).parameters
         else {}
     )
-    _synchronize(prompt_ids.device)
+    synchronize(prompt_ids.device)
     started = clock()
     output = model(input_ids=prompt_ids, use_cache=True, **last_only)
     token = output.logits[:, -1:].argmax(-1)
-    _synchronize(prompt_ids.device)
+    synchronize(prompt_ids.device)
     prefilled = clock()
     cache = getattr(output, "past_key_values", None)
     if cache is None:
@@ -229,7 +234,7 @@ def _time_once(
     for _ in range(new_tokens):
         output = model(input_ids=token, past_key_values=cache, use_cache=True)
         cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-    _synchronize(prompt_ids.device)
+    synchronize(prompt_ids.device)
     finished = clock()
     if not started < prefilled < finished:
         raise ConfigError(
@@ -239,14 +244,16 @@ def _time_once(
     return prefilled - started, finished - prefilled
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
 
 
-def _device_words(device: torch.device) -> str:
+def device_words(device: torch.device) -> str:
+    """Return the device with the GPU's name or the number of CPU threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

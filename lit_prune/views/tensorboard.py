@@ -2,7 +2,7 @@
 
 | tag | kind | what |
 |---|---|---|
-| ``prune/requested_ratio`` | scalar | fraction of decoder parameters that was to be removed |
+| ``prune/requested_ratio`` | scalar | fraction of the budget (decoder parameters) to be removed |
 | ``prune/achieved_ratio`` | scalar | fraction that was removed |
 | ``prune/total_ratio`` | scalar | fraction of all parameters, embeddings and head included |
 | ``prune/entropy/kv_group/{mean,min}`` | scalar | unit entropy (nats) at each validation |

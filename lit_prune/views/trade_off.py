@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lit_prune.config import RESOURCES
 from lit_prune.errors import ConfigError
 from lit_prune.views.canvas import CUT, KEPT, clean, new_figure
 
@@ -51,7 +52,7 @@ def trade_off(points: Sequence[SweepPoint], *, dense_nll: float | None = None) -
         words = "measured NLL" if dense_nll is None else "measured excess NLL"
         axes.plot(xs, ys, color=CUT, marker="s", label=words)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set(xlabel="decoder parameters removed", ylabel="nats per token")
+    axes.set(xlabel=f"{RESOURCES[points[0].budget]} removed", ylabel="nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure

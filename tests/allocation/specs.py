@@ -2,6 +2,8 @@
 
 import itertools
 
+from lit_prune.allocation import Budget, parameter_cost
+from lit_prune.allocation import budget as budget_module
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec
 
@@ -39,6 +41,13 @@ def random_decoder(rng, *, most_layers=3, channels=(1, 3, 4, 7, 8, 12)):
         drawn = rng.random() if layer else 1
         blocks.append((None if drawn < 0.15 else a, None if 0.15 <= drawn < 0.3 else m))
     return decoder(*blocks)
+
+
+def plain_budget(spec, config, cost=None):
+    """The budget without its refusal."""
+    cost = cost or parameter_cost(spec)
+    multiple = config.channel_multiple or budget_module._auto_multiple(spec, config, cost)
+    return Budget(spec, config, multiple, budget_module._allowed(spec, config, multiple), cost)
 
 
 def random_request(rng, spec, **fixed):

@@ -2,9 +2,7 @@ import random
 
 import pytest
 
-from lit_prune.allocation import budget as budget_module
 from lit_prune.allocation import exact, make_budget
-from lit_prune.allocation.budget import Budget
 from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.config import RATIO_TOLERANCE, PruningConfig
 from lit_prune.decoder import all_kept
@@ -15,17 +13,12 @@ from tests.allocation.specs import (
     mlp,
     naive_counts,
     num_combinations,
+    plain_budget,
     random_decoder,
     random_request,
 )
 
 SPEC = decoder(*[(attention(), mlp())] * 3)
-
-
-def plain_budget(spec, config):
-    """The budget without its refusal."""
-    multiple = config.channel_multiple or budget_module._auto_multiple(spec, config)
-    return Budget(spec, config, multiple, budget_module._allowed(spec, config, multiple))
 
 
 def small_case(seed):

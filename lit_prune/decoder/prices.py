@@ -1,0 +1,100 @@
+"""What units cost in FLOPs, cache and weight bytes, read from the modules: integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lit_prune.decoder.parts import DecoderParts
+from lit_prune.decoder.spec import KINDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.decoder.residual import SubBlock
+
+Priced = Literal["flops", "kv_cache_bytes", "weight_bytes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Price:
+    """What a sub-block costs in one resource: ``fixed + kept units * unit``, 0 where it is removed.
+
+    Attributes:
+        unit: What one KV group or channel costs.
+        fixed: What leaves only with the whole sub-block.
+        bias: What a new output bias would cost.
+    """
+
+    unit: int
+    fixed: int = 0
+    bias: int = 0
+
+
+def unit_prices(
+    model: PreTrainedModel, resource: Priced, *, context_length: int = 1
+) -> dict[SubBlock, Price]:
+    """Return what each sub-block costs, as `lit_prune.metrics.footprint_of` counts.
+
+    Args:
+        model: A supported causal language model, dense or pruned before.
+        resource: ``flops``: floating-point operations for one token, two for each multiply-add of
+            the linear weights and of the attention products; biases, norms and softmax are not
+            counted. ``kv_cache_bytes``: what one token leaves in the cache. ``weight_bytes``: bytes
+            of the parameters.
+        context_length: Keys that the attention products are counted for (fewer where a sliding
+            window is shorter); read for FLOPs only.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(
+        ...     hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        ...     num_key_value_heads=1, vocab_size=10))
+        >>> prices = unit_prices(model, "flops", context_length=4)
+        >>> prices[0, "attention"].unit  # q and o 64, k and v 32; 2 heads, 4 wide, 4 keys
+        512
+        >>> prices[0, "mlp"].unit, 512 + 16 * 48
+        (48, 1280)
+    """
+    parts = DecoderParts(model)
+    return {
+        (layer, kind): _price(parts, (layer, kind), resource, context_length)
+        for layer in range(len(parts.layers))
+        for kind in KINDS
+        if parts.exists(layer, kind)
+    }
+
+
+def constant_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of the constants that an earlier pruning left for removed sub-blocks."""
+    parts = DecoderParts(model)
+    return sum(
+        parameter.nbytes
+        for layer in range(len(parts.layers))
+        for kind in KINDS
+        if not parts.exists(layer, kind)
+        for parameter in parts.sub_block(layer, kind).parameters()
+    )
+
+
+def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_length: int) -> Price:
+    layer, kind = place
+    inputs, output = parts.inputs(layer, kind), parts.output(layer, kind)
+    width, units = output.weight.shape[1], output.weight.shape[1]
+    if kind == "attention":
+        head_dim, queries_per_group = parts.head_shape(layer)
+        units = width // (head_dim * queries_per_group)
+    if resource == "flops":
+        flops = 2 * sum(linear.weight.numel() for linear in (*inputs, output))
+        if kind == "attention":  # query x key, attention x value
+            flops += 2 * 2 * width * parts.attended_keys(layer, context_length)
+        return Price(unit=flops // units)
+    if resource == "kv_cache_bytes":
+        cached = inputs[1:] if kind == "attention" else ()
+        sizes = (linear.weight.shape[0] * linear.weight.element_size() for linear in cached)
+        return Price(unit=sum(sizes) // units)
+    norm = parts.layers[layer].get_submodule(parts.norm_path(kind))
+    whole = sum(p.nbytes for m in (norm, parts.sub_block(layer, kind)) for p in m.parameters())
+    owned = output.weight.nbytes + sum(p.nbytes for linear in inputs for p in linear.parameters())
+    bias = parts.hidden_size * output.weight.element_size()
+    return Price(unit=owned // units, fixed=whole - owned, bias=bias)

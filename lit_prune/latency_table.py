@@ -1,0 +1,85 @@
+"""The latency table of a calibration: measured once, refused where it is of another workload."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lit_prune.errors import CalibrationError
+from lit_prune.metrics import device_words, measure_sub_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration import Calibration
+    from lit_prune.config import PruningConfig
+
+
+def with_latency_table(
+    model: PreTrainedModel, calibration: Calibration, config: PruningConfig
+) -> Calibration:
+    """Return the calibration with measured times of every sub-block, on the device of the model.
+
+    Args:
+        model: The dense model, where it shall run.
+        calibration: Of this model.
+        config: Prompt, new tokens and batch size.
+    """
+    workload = _workload(model, config)
+    measured = measure_sub_blocks(
+        model,
+        prompt_tokens=workload["prompt_tokens"],
+        new_tokens=workload["new_tokens"],
+        batch_size=workload["batch_size"],
+    )
+    return replace(calibration, latency=measured.seconds, latency_conditions=measured.conditions)
+
+
+def refuse_other_workload(
+    model: PreTrainedModel, calibration: Calibration, config: PruningConfig
+) -> None:
+    """Refuse a table that was measured for other prompts than the request's.
+
+    Raises:
+        CalibrationError: Names the first difference.
+    """
+    conditions = calibration.latency_conditions
+    for name, wanted in _workload(model, config).items():
+        if conditions.get(name) != wanted:
+            raise CalibrationError(
+                f"the calibration's latency table was measured with {name} "
+                f"{conditions.get(name)}, the request has {wanted}. Ask for the latency_{name} of "
+                "the table, or calibrate again."
+            )
+
+
+def table_words(model: PreTrainedModel, calibration: Calibration) -> tuple[str, ...]:
+    """Say where the table was measured, and whether the model is elsewhere now."""
+    conditions = calibration.latency_conditions
+    parameter = next(model.parameters())
+    here = {
+        "device": device_words(parameter.device),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+    }
+    words = [
+        "latency table: {device}, {dtype}, batch {batch_size}, {prompt_tokens} prompt + "
+        "{new_tokens} new tokens, median of {repetitions} after {warmup} warm-up runs; what it "
+        "predicts is the sum over sub-blocks, each alone, without embeddings and "
+        "head".format_map(conditions)
+    ]
+    words += [
+        f"the latency table is of another {name} ({conditions[name]}) than the model's now "
+        f"({value}): predicted and measured times cannot be compared"
+        for name, value in here.items()
+        if conditions[name] != value
+    ]
+    return tuple(words)
+
+
+def _workload(model: PreTrainedModel, config: PruningConfig) -> dict[str, int]:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    return {
+        "prompt_tokens": config.prompt_tokens(longest),
+        "new_tokens": config.latency_new_tokens,
+        "batch_size": config.latency_batch_size,
+    }
