@@ -29,7 +29,7 @@ class Cell:
         prefill_seconds: Median time of a prompt; ``prefill_spread`` is how far it varied.
         decode_seconds_per_token: Median time of one decoding step, and ``decode_spread``.
         dense_latency: The same four numbers of the dense model, measured in turns with this one.
-        calibrate_seconds: Statistics, shared by all ratios of a method.
+        calibrate_seconds: Statistics; measured once for all ratios and methods that need the same.
         plan_seconds: Deciding and surgery.
         prune_peak_bytes: Rise of this process's resident memory in either, where it can be told.
         accuracy: Zero-shot accuracy by task, where asked for.

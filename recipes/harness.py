@@ -6,7 +6,7 @@ import copy
 import json
 import statistics
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from lit_prune.decoder import all_kept, spec_for
 from lit_prune.errors import BudgetError, LitPruneError
 from lit_prune.methods import preset
 from lit_prune.metrics import footprint_of, measure_latency, perplexity_of
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import calibrate, make_plan, needed_bypasses
 
 if TYPE_CHECKING:
     import argparse
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from lit_prune.calibration import Calibration, RowSet
 
 PROMPT_TOKENS, NEW_TOKENS, TURNS, REPETITIONS = 128, 16, 3, 3
+# Options that change what is measured, beside what is needed.
+MEASURED_BY = (
+    *("transfer_target", "estimator", "damping", "search_tokens", "replay_batch_tokens"),
+    *("budget", "latency_prompt_tokens", "latency_new_tokens", "latency_batch_size"),
+)
 LATENCY = {"prefill_seconds": "prefill_spread", "decode_seconds_per_token": "decode_spread"}
 
 
@@ -72,11 +77,22 @@ def score(model: PreTrainedModel, text: Scored) -> tuple[list[float], list[int]]
     return [r.mean_nll * r.num_tokens for r in results], [r.num_tokens for r in results]
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """A calibration, and what it cost in seconds and bytes."""
+
+    calibration: Calibration
+    seconds: float
+    peak: int | None
+
+
 class Harness:
     """Runs cells and remembers them in a JSON file."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
+        self.kept: dict[tuple[object, ...], Statistics] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         dtype = getattr(torch, options.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
@@ -178,6 +194,25 @@ class Harness:
     def rows(self, seed: int) -> RowSet:
         return self.texts.rows(seed, self.options.rows)
 
+    def calibrated(self, config: PruningConfig) -> Statistics:
+        """Measure what a (resolved) request needs; the last two kinds of statistics are kept.
+
+        Methods that need the same share it, and each is told the seconds that it took.
+        """
+        needs = preset(config.preset).all_needs(config)
+        bypasses = frozenset(needed_bypasses(self.model, config))
+        key = (config.seed, needs, bypasses, *(getattr(config, name, None) for name in MEASURED_BY))
+        found = self.kept.pop(key, None)
+        if found is None:
+            rows = self.rows(config.seed)
+            while len(self.kept) > 1:
+                del self.kept[next(iter(self.kept))]
+            rise, started = Rise(self.model.device), self.clock()
+            calibration = calibrate(self.model, rows, config, progress=False)
+            found = Statistics(calibration, self.clock() - started, rise.stop())
+        self.kept[key] = found
+        return found
+
     def measure(self, model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
         """Score a model and measure what it costs; ``facts`` are what is known of its pruning."""
         nll, tokens = score(model, self.texts.main)
@@ -224,7 +259,7 @@ class Harness:
                     new_tokens=min(NEW_TOKENS, self.options.context - prompt),
                     warmup=1,
                     repetitions=REPETITIONS,
-                    clock=time.process_time if self.options.cpu_time else time.perf_counter,
+                    clock=self.clock,
                 )
                 for model in models
             ]
@@ -243,33 +278,27 @@ class Harness:
 
 
 class Preset:
-    """One preset at several ratios: calibrated once, and drafts once judged stay judged."""
+    """One preset at several ratios: drafts that were judged once stay judged."""
 
     def __init__(self, harness: Harness, method: str, seed: int) -> None:
         self.harness, self.method, self.seed = harness, method, seed
         self.judged: dict[Any, float] = {}
-        self.calibration: Calibration | None = None
-        self.seconds, self.peak = 0.0, None
 
     def pruned(self, ratio: float) -> dict[str, Any]:
         """Return the pruned model, and what its pruning cost, as keywords of `Harness.measure`."""
-        model = self.harness.model
-        config = self.harness.config(self.method, ratio, self.seed)
-        if self.calibration is None:
-            rows = self.harness.rows(self.seed)
-            rise, started = Rise(model.device), time.perf_counter()
-            self.calibration = calibrate(model, rows, config, progress=False)
-            self.seconds, self.peak = time.perf_counter() - started, rise.stop()
-        pruned = copy.deepcopy(model)
-        rise, started = Rise(model.device), time.perf_counter()
-        planned = make_plan(pruned, self.calibration, config, judged=self.judged)
+        harness = self.harness
+        config = harness.config(self.method, ratio, self.seed)
+        measured = harness.calibrated(config)
+        pruned = copy.deepcopy(harness.model)
+        rise, started = Rise(pruned.device), harness.clock()
+        planned = make_plan(pruned, measured.calibration, config, judged=self.judged)
         apply_plan(pruned, planned.plan, planned.compensation)
-        seconds, peak = time.perf_counter() - started, rise.stop()
-        peaks = [bytes_ for bytes_ in (self.peak, peak) if bytes_ is not None]
+        seconds, peak = harness.clock() - started, rise.stop()
+        peaks = [bytes_ for bytes_ in (measured.peak, peak) if bytes_ is not None]
         return {
             "model": pruned,
             "achieved": planned.plan.provenance["achieved_ratio"],
-            "calibrate_seconds": round(self.seconds, 2),
+            "calibrate_seconds": round(measured.seconds, 2),
             "plan_seconds": round(seconds, 2),
             "prune_peak_bytes": max(peaks, default=None),
         }
@@ -284,9 +313,9 @@ class Rival:
     def pruned(self, ratio: float) -> dict[str, Any]:
         """Return what `Preset.pruned` does."""
         model, rows = self.harness.model, self.harness.rows(self.seed)
-        rise, started = Rise(model.device), time.perf_counter()
+        rise, started = Rise(model.device), self.harness.clock()
         pruned, facts = RIVALS[self.method](model, rows, ratio)
-        seconds, peak = time.perf_counter() - started, rise.stop()
+        seconds, peak = self.harness.clock() - started, rise.stop()
         return {
             "model": pruned,
             "plan_seconds": round(seconds, 2),

@@ -13,9 +13,11 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
+import compare
+import harness as harness_module
 import tables
 import texts
-from harness import parse_method
+from harness import Harness, parse_method
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["flap", "shortgpt", "flap:allocator=uniform,compensation=least_squares"]
@@ -161,6 +163,28 @@ def test_a_large_corpus_is_shortened_in_every_document():
     assert [len(document) for document in kept] == [40, 120]
     assert kept[0] in "abcd" * 100
     assert texts.shortened(text)["text"][:] == text["text"][:]
+
+
+def test_what_is_measured_is_shared_by_methods_that_need_the_same(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    words = ("--model", tiny_checkpoint, *SMALL, "--out", tmp_path / "none.json")
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+    harness = Harness(compare.parse_arguments("", ["flap_ls"], "score", "none.json"))
+    measured = []
+    real = harness_module.calibrate
+
+    def counted(model, rows, config, **options):
+        measured.append((config.preset, config.seed))
+        return real(model, rows, config, **options)
+
+    monkeypatch.setattr(harness_module, "calibrate", counted)
+    for method, ratio, seed in (
+        ("flap_ls", 0.3, 0), ("flap_ls", 0.5, 0), ("flap", 0.5, 0), ("wanda_ls", 0.5, 0),
+        ("wanda_ls:damping=0.1", 0.5, 0), ("flap_ls", 0.3, 1),
+    ):  # fmt: skip
+        harness.calibrated(harness.config(method, ratio, seed))
+    assert measured == [("flap_ls", 0), ("flap", 0), ("wanda_ls", 0), ("flap_ls", 1)]
 
 
 @pytest.mark.slow
