@@ -14,14 +14,11 @@ from lit_prune.calibration import Observer, RowSet
 from lit_prune.config import PruningConfig, refuse_unknown
 from lit_prune.decoder import find_causal_lm, spec_for
 from lit_prune.errors import CalibrationError, ConfigError, PlanMismatchError
-from lit_prune.measurement import measure
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
-from lit_prune.planning import calibrate, make_plan
-from lit_prune.pruner import make_report, refuse_non_finite_weights
-from lit_prune.record import PruningRecord
+from lit_prune.planning import calibrate
+from lit_prune.pruner import carry_out, refuse_non_finite_weights
 from lit_prune.saving import save_pruned
-from lit_prune.surgery import applied
 from lit_prune.trainer import (
     forget_averages,
     is_rehearsal,
@@ -250,17 +247,14 @@ class EntropyPruningCallback(Callback):
                     raise
                 rank_zero_info(f"lit_prune: fast_dev_run is too short to plan a pruning: {error}")
                 return
-            planned = make_plan(model, self.calibration_, self.config)
-            dense = measure(model, rows, self.config)
-            facts = (planned, self.calibration_, self.config, dense)
-            if self.dry_run or is_rehearsal(trainer):
-                self.plan_, self.report_ = planned.plan, make_report(*facts, None, warnings)
-            else:
-                with applied(model, planned.plan, planned.compensation):  # or taken back
-                    report = make_report(*facts, measure(model, rows, self.config), warnings)
+            dry = self.dry_run or is_rehearsal(trainer)
+            planned, self.report_ = carry_out(
+                model, self.calibration_, self.config, dry_run=dry, warnings=warnings,
+                progress=progress,
+            )  # fmt: skip
+            self.plan_ = planned.plan
+            if not dry:
                 self._model, self._stale_moments = model, fitted
-                self.plan_, self.report_ = planned.plan, report
-                model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
                 forget_averages(trainer)
         rank_zero_info(f"lit_prune: {self.report_.headline()}")
         write_artifacts(trainer, self.calibration_, self.plan_, self.report_, planned.compensation)

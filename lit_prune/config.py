@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Allocator = Literal["depth_first", "greedy", "uniform", "global", "joint", "uniform_widths"]
+Compensator = Literal["mean", "least_squares", "sequential", "none"]
+# Those that need covariances.
+SQUARES = ("least_squares", "sequential")
 Granularity = Literal["block", "sub_block", "kv_group", "channel"]
 UnitScore = Literal["conditional", "entropy", "fluctuation", "random", "activation", "gradient"]
 Sensitivity = Literal["kl", "nll", "frobenius", "transfer_entropy", "none"]
@@ -68,7 +71,9 @@ class PruningConfig:
             value.
         min_kv_groups: Least KV groups that an attention keeps (unless it is removed whole).
         compensation: ``mean`` puts the mean output of what was cut into a bias; ``least_squares``
-            also folds its conditional mean into the columns that stay; ``none`` does neither.
+            also folds its conditional mean into the columns that stay; ``sequential`` fits them,
+            layer by layer behind what was cut before, so that the residual stream meets the dense
+            model's (some four forwards over the text, once a plan stands); ``none`` does nothing.
             None: what the preset's paper does.
         language_model: Path of the causal language model inside the module; None finds the only
             one.
@@ -142,7 +147,7 @@ class PruningConfig:
     protected_layers: tuple[int, ...] = ()
     channel_multiple: int | None = None
     min_kv_groups: int = 1
-    compensation: Literal["mean", "least_squares", "none"] | None = None
+    compensation: Compensator | None = None
     language_model: str | None = None
 
     estimator: Literal["logstd_sum", "std_sum", "logdet"] = "logstd_sum"

@@ -53,7 +53,8 @@ class Planned:
 
     Attributes:
         plan: What stays.
-        compensation: What stands in for what goes; None without compensation.
+        compensation: What stands in for what goes; None without compensation. For
+            ``sequential``, what drafts are judged with, until `lit_prune.sequential.compensated`.
         scores: Unit entropies and transfer entropies, whatever the preset decided by.
         budget: The request against the model.
         damage: Predicted damage of each sub-block's removals, where the preset predicts it.
@@ -264,7 +265,7 @@ def make_plan(
             "notes": [*cost.notes, *table],
         },
         "method": decision.trace,
-        "compensation": _describe(compensation),
+        "compensation": describe(compensation),
         "calibration": calibration.describe(),
         "versions": versions(),
     }
@@ -273,7 +274,8 @@ def make_plan(
     return Planned(plan, compensation, scores, budget, decision.damage)
 
 
-def _describe(compensation: Compensation | None) -> dict[str, Any]:
+def describe(compensation: Compensation | None) -> dict[str, Any]:
+    """Return what the plan records about its compensation."""
     if compensation is None:
         return {"notes": []}
     return {"notes": list(compensation.notes), "sub_blocks": compensation.facts}

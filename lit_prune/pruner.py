@@ -16,6 +16,7 @@ from lit_prune.methods import Scores, preset
 from lit_prune.planning import Planned, calibrate, make_plan, versions
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
+from lit_prune.sequential import compensated
 from lit_prune.surgery import Compensation, applied
 
 if TYPE_CHECKING:
@@ -102,16 +103,39 @@ def prune(
             raise CalibrationError("give a dataloader to calibrate on, or a saved calibration.")
         rows, notes = collect_rows(model, dataloader, config.max_calibration_tokens)
         calibration = calibrate(model, rows, config, notes=notes, progress=progress)
+    planned, report = carry_out(model, calibration, config, dry_run=dry_run, progress=progress)
+    return PruningResult(planned.plan, report, calibration, planned.scores, planned.compensation)
+
+
+def carry_out(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    config: PruningConfig,
+    *,
+    dry_run: bool = False,
+    warnings: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[Planned, PruningReport]:
+    """Plan, compensate, cut and measure again, from a calibration; `prune` from there on.
+
+    Args:
+        model: The model, in its final, dense state; pruned in place.
+        calibration: What was measured on it.
+        config: The resolved request.
+        dry_run: Stop before surgery.
+        warnings: What the report shall say besides.
+        progress: Show progress bars (only on a terminal).
+    """
     planned = make_plan(model, calibration, config)
     before = measure(model, calibration.rows, config)
     if dry_run:
-        report = make_report(planned, calibration, config, before, None)
-    else:
-        with applied(model, planned.plan, planned.compensation):
-            after = measure(model, calibration.rows, config)
-            report = make_report(planned, calibration, config, before, after)
-        model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
-    return PruningResult(planned.plan, report, calibration, planned.scores, planned.compensation)
+        return planned, make_report(planned, calibration, config, before, None, warnings)
+    planned = compensated(model, planned, calibration, config, progress=progress)
+    with applied(model, planned.plan, planned.compensation):  # or taken back
+        after = measure(model, calibration.rows, config)
+        report = make_report(planned, calibration, config, before, after, warnings)
+    model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
+    return planned, report
 
 
 def make_report(

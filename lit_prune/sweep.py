@@ -11,6 +11,7 @@ from lit_prune.errors import BudgetError
 from lit_prune.methods import preset
 from lit_prune.metrics import perplexity_of
 from lit_prune.planning import make_plan
+from lit_prune.sequential import compensated
 from lit_prune.surgery import masked
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def sweep(
             budget=config.budget,
         )
         if measured:
+            planned = compensated(model, planned, calibration, config)
             with quiet(model), masked(model, planned.plan, planned.compensation):
                 batches = calibration.rows.batches("choose", config.replay_batch_tokens)
                 point = replace(point, mean_nll=perplexity_of(model, batches).mean_nll)

@@ -3,6 +3,7 @@
 from lit_prune.calibration.bypass import RecordedRun, Unit, bypass_units
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.collect import collect_rows
+from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
@@ -12,6 +13,7 @@ from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
 from lit_prune.calibration.split import Side
+from lit_prune.calibration.streams import TwoStreams, two_streams
 from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "TAYLOR_SCORES",
     "Batch",
     "Calibration",
+    "ChannelCovariance",
     "ChannelMoments",
     "Needs",
     "Observer",
@@ -27,6 +30,7 @@ __all__ = [
     "Row",
     "RowSet",
     "Side",
+    "TwoStreams",
     "Unit",
     "bypass_units",
     "collect_rows",
@@ -36,4 +40,5 @@ __all__ = [
     "measure_taylor",
     "real_tokens",
     "replay",
+    "two_streams",
 ]

@@ -1,5 +1,6 @@
 """Importance as pure functions: tensors in, tensors out."""
 
+from lit_prune.importance.affine import AffineRefit, affine_refit
 from lit_prune.importance.conditional import (
     condition_number,
     conditional_entropy,
@@ -19,8 +20,10 @@ from lit_prune.importance.given_order import order_damage
 from lit_prune.importance.magnitude import unit_magnitude
 
 __all__ = [
+    "AffineRefit",
     "DamageCurve",
     "Estimator",
+    "affine_refit",
     "channel_entropy",
     "condition_number",
     "conditional_entropy",

@@ -32,6 +32,7 @@ from lit_prune.allocation import (
     settled,
 )
 from lit_prune.calibration import SENSITIVITIES, Needs, Unit
+from lit_prune.config import SQUARES
 from lit_prune.decoder import DecoderParts, all_kept
 from lit_prune.errors import BudgetError
 from lit_prune.importance import damped, order_damage
@@ -108,7 +109,7 @@ def predicted_damage(case: Case, curves: Mapping[SubBlock, Tensor]) -> dict[SubB
     The curve of the compensation that will be used, scaled to end at the sub-block's sensitivity.
     """
     worth = sensitivities(case, curves)
-    column = 1 if case.config.compensation == "least_squares" else 2
+    column = 1 if case.config.compensation in SQUARES else 2
     return {
         place: curve[:, column] * (worth[place] / float(curve[-1, column].clamp_min(1e-300)))
         for place, curve in curves.items()
@@ -246,5 +247,5 @@ METHOD = Method(
         "unit_score": ("conditional", "entropy", "fluctuation", "random"),
         "sensitivity": ("kl", "nll", "frobenius", "transfer_entropy", "none"),
     },
-    compensation="least_squares",
+    compensation="sequential",
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from lit_prune.allocation import Ranking
 from lit_prune.calibration import Needs, Side
-from lit_prune.config import Allocator, Granularity
+from lit_prune.config import SQUARES, Allocator, Granularity
 from lit_prune.decoder import all_kept
 from lit_prune.errors import ConfigError
 from lit_prune.plan import LayerPlan, PruningPlan
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lit_prune.allocation import Budget
     from lit_prune.calibration import Calibration
-    from lit_prune.config import PruningConfig
+    from lit_prune.config import Compensator, PruningConfig
     from lit_prune.decoder import DecoderSpec, SubBlock
 
 # Kept units of every sub-block, ascending; () removes it.
@@ -168,7 +168,7 @@ class Method:
     needs: Callable[[PruningConfig], Needs] = lambda _config: Needs()
     granularities: tuple[Granularity, ...] = EVERYTHING
     allocators: tuple[Allocator, ...] = ("uniform",)
-    compensation: Literal["mean", "least_squares", "none"] = "none"
+    compensation: Compensator = "none"
     options: tuple[str, ...] = ()
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     deviations: tuple[str, ...] = ()
@@ -210,7 +210,7 @@ class Method:
     def _refuse_unread(self, config: PruningConfig) -> None:
         """Refuse an option that would have no effect: its user believes that it has one."""
         read = {*self.options}
-        if (config.compensation or self.compensation) == "least_squares":
+        if (config.compensation or self.compensation) in SQUARES:
             read.add("damping")
         for option in METHOD_OPTIONS:
             default = config.__dataclass_fields__[option].default
@@ -225,5 +225,5 @@ class Method:
         table = Needs(latency=config.budget == "latency")
         if not config.pruning_ratio:
             return table
-        squares = Needs(covariances=config.compensation == "least_squares")
+        squares = Needs(covariances=config.compensation in SQUARES)
         return self.needs(config) | squares | table

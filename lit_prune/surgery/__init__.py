@@ -1,19 +1,31 @@
 """The only place that changes a model."""
 
 from lit_prune.surgery.apply import applied, apply_plan, stage
-from lit_prune.surgery.compensation import Compensation, mean_compensation, weights_digest
+from lit_prune.surgery.compensation import (
+    Compensation,
+    mean_compensation,
+    unit_columns,
+    weights_digest,
+)
 from lit_prune.surgery.edits import StagedEdits
-from lit_prune.surgery.least_squares import least_squares_compensation
+from lit_prune.surgery.least_squares import (
+    DAMPING_FACTORS,
+    fallback_notes,
+    least_squares_compensation,
+)
 from lit_prune.surgery.mask import masked
 
 __all__ = [
+    "DAMPING_FACTORS",
     "Compensation",
     "StagedEdits",
     "applied",
     "apply_plan",
+    "fallback_notes",
     "least_squares_compensation",
     "masked",
     "mean_compensation",
     "stage",
+    "unit_columns",
     "weights_digest",
 ]

@@ -32,7 +32,8 @@ class Compensation:
         plan_digest: The plan that it belongs to.
         weights_digest: The weights that it was made for.
         weights: New weights of output projections, where kept columns take over part of what was
-            cut, by ``(layer, kind)``, ``[hidden_size, kept columns]`` each, float32.
+            cut, there or before, by ``(layer, kind)``, ``[hidden_size, kept columns]`` each,
+            float32.
         facts: What the plan records about it, JSON-able.
         notes: What the report says about it, in words.
     """

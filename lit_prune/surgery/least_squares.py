@@ -14,14 +14,14 @@ from lit_prune.importance import conditional_mean, damped, output_error
 from lit_prune.surgery.compensation import Compensation, mean_compensation, unit_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from lit_prune.plan import PruningPlan
 
 # Multiples of the requested damping that are tried on held-out text.
-_DAMPING_FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
+DAMPING_FACTORS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 # Solutions of one sub-block that are kept from draft to draft: a wide one is hundreds of megabytes.
 _REMEMBERED = 3
@@ -97,10 +97,27 @@ def least_squares_compensation(
             folded[place] = found.weight.float().cpu()
             rounded = found.weight.float().double()
             constants[place] = (weight @ means - rounded @ means[columns]).cpu()
+    notes = fallback_notes(chosen, refused, judged=held_out is not None)
+    return Compensation(constants, plan.digest, mean.weights_digest, folded, chosen, notes)
+
+
+def fallback_notes(
+    chosen: Mapping[str, Mapping[str, float | None]],
+    refused: Sequence[str],
+    *,
+    judged: bool = True,
+) -> tuple[str, ...]:
+    """Say which sub-blocks were not compensated as asked, and why.
+
+    Args:
+        chosen: What was chosen for each sub-block; ``damping`` None: the mean alone.
+        refused: Sub-blocks with a system that could not be solved.
+        judged: Whether held-out text chose.
+    """
     alone = [
         name
         for name, facts in chosen.items()
-        if facts["damping"] is None and (held_out is not None or name not in refused)
+        if facts["damping"] is None and (judged or name not in refused)
     ]
     notes = []
     if refused:
@@ -113,7 +130,7 @@ def least_squares_compensation(
             f"{len(alone)} sub-blocks keep the mean alone, which was no worse on held-out text "
             f"than least squares: {', '.join(alone)}"
         )
-    return Compensation(constants, plan.digest, mean.weights_digest, folded, chosen, tuple(notes))
+    return tuple(notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +149,7 @@ def _best(
     best, least, refused = Solved(None, None, None, False), math.inf, False
     if held_out is not None:
         least = output_error(held_out, weight, weight[:, columns], columns)
-    for factor in (1.0,) if held_out is None else _DAMPING_FACTORS:
+    for factor in (1.0,) if held_out is None else DAMPING_FACTORS:
         try:
             noisy = damped(covariance, damping * factor)
             new = conditional_mean(noisy, weight, columns)

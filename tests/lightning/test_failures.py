@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lit_prune.callback
-from lit_prune.calibration import Calibration, RecordedRun
+import lit_prune.pruner
+from lit_prune.calibration import Calibration, RecordedRun, TwoStreams
 from lit_prune.errors import BudgetError, CalibrationError, SurgeryError
 from lit_prune.surgery.edits import StagedEdits
 from tests.lightning.modules import (
@@ -165,13 +166,15 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
         (lit_prune.callback, "calibrate", 1),
         (RecordedRun, "__init__", 1),
         (RecordedRun, "without", 5),
-        (lit_prune.callback, "make_plan", 1),
-        (lit_prune.callback, "measure", 1),
-        (lit_prune.callback, "applied", 1),
+        (lit_prune.pruner, "make_plan", 1),
+        (lit_prune.pruner, "measure", 1),
+        (TwoStreams, "goals", 3),
+        (TwoStreams, "enters", 5),
+        (lit_prune.pruner, "applied", 1),
         (StagedEdits, "_assign", 1),
         (StagedEdits, "_assign", 9),
-        (lit_prune.callback, "measure", 2),  # after surgery: it is taken back
-        (lit_prune.callback, "make_report", 1),
+        (lit_prune.pruner, "measure", 2),  # after surgery: it is taken back
+        (lit_prune.pruner, "make_report", 1),
     ],
 )
 def test_f18_ctrl_c_until_the_report_is_made_leaves_the_model_dense(
@@ -266,7 +269,7 @@ def test_f16_weights_that_training_broke_are_not_pruned(tmp_path):
 def test_f11_budget_that_only_scores_can_refuse(tmp_path, monkeypatch):
     callback, module = pruner(), frozen(LM())
     before = state_digest(module)
-    stop_at_call(monkeypatch, lit_prune.callback, "make_plan", 1, BudgetError("not met"))
+    stop_at_call(monkeypatch, lit_prune.pruner, "make_plan", 1, BudgetError("not met"))
     with pytest.raises(BudgetError):
         fit(tmp_path, module, callback)
     assert state_digest(module) == before
@@ -275,7 +278,7 @@ def test_f11_budget_that_only_scores_can_refuse(tmp_path, monkeypatch):
 
 def test_trainer_is_usable_after_a_failure(tmp_path, monkeypatch):
     callback, module = pruner(), LM()
-    stop_at_call(monkeypatch, lit_prune.callback, "make_plan", 1, BudgetError("not met"))
+    stop_at_call(monkeypatch, lit_prune.pruner, "make_plan", 1, BudgetError("not met"))
     with pytest.raises(BudgetError):
         fit(tmp_path, module, callback)
     fit(tmp_path, module, callback, train=loader(TRAIN, 4))

@@ -26,7 +26,7 @@ UNITS = ("kv_group", "channel")
 # As the papers have it: allocator, compensation, what may leave.
 PUBLISHED = {
     "paper": ("depth_first", "mean", EVERYTHING),
-    "conditional": ("joint", "least_squares", EVERYTHING),
+    "conditional": ("joint", "sequential", EVERYTHING),
     "flap": ("global", "mean", UNITS),
     "flap_ls": ("global", "least_squares", UNITS),
     "wanda": ("uniform", "none", UNITS),

@@ -8,7 +8,7 @@ import torch
 from lit_prune.calibration import replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import quiet, spec_for
-from lit_prune.errors import PlanMismatchError
+from lit_prune.errors import PlanMismatchError, ScoreError
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.planning import calibrate
 from lit_prune.pruner import prune
@@ -295,3 +295,62 @@ def test_the_mean_output_of_the_calibration_text_is_kept(made):
     wanted = weight @ calibration.units[place][0] + output_of(model, *place).bias.detach().double()
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
     assert replay(model, rows).covariances == {}  # only where asked for
+
+
+def test_f23_fewer_tokens_than_inputs_damped_and_the_condition_is_reported(made):
+    """A covariance of rank 7 for 48 channels: solved with damping from the data, and said so."""
+    model, plan, rows, calibration = made
+    few = {place: x[:8] for place, x in captured(model, rows)["writes"].items()}
+    covariances = {place: x.T.cov(correction=0).reshape(x.shape[1], -1) for place, x in few.items()}
+    assert int(torch.linalg.matrix_rank(covariances[0, "mlp"])) < 48
+    found = least_squares_compensation(
+        model, plan, calibration.units, covariances, calibration.held_out
+    )
+    for place in PARTIAL:
+        facts = found.facts[f"layer {place[0]} {place[1]}"]
+        if place in found.weights:
+            assert torch.isfinite(found.weights[place]).all()
+            damping = facts["damping"]
+            noisy = covariances[place] + damping * covariances[place].diagonal().mean() * torch.eye(
+                len(covariances[place])
+            )
+            exact = float(torch.linalg.cond(noisy))
+            assert exact <= facts["condition_number_at_most"] < 1e9
+        else:  # no damping was better than the mean on held-out text: reported, never silent
+            assert facts["damping"] is None
+            assert any(f"layer {place[0]} {place[1]}" in note for note in found.notes)
+
+
+def test_f23_what_cannot_be_inverted_leaves_the_mean_and_says_so(made, monkeypatch):
+    model, plan, _, calibration = made
+
+    def refuse(*_args):
+        raise ScoreError("not positive definite")
+
+    monkeypatch.setattr("lit_prune.surgery.least_squares.conditional_mean", refuse)
+    found = compensate(made)
+    mean = mean_compensation(model, plan, calibration.units)
+    assert found.weights == {}
+    for place, constant in mean.constants.items():  # the mean, not nothing
+        assert torch.equal(found.constants[place], constant)
+    assert any("cannot be inverted" in note for note in found.notes)
+    assert {facts["damping"] for facts in found.facts.values()} == {None}
+
+
+def test_f23_the_report_names_the_sub_blocks_and_the_condition():
+    model = tiny_model(layers=3)
+    with torch.no_grad():  # channels that are copies: the covariance is singular
+        for block in model.model.layers:
+            for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+                linear.weight[24:] = linear.weight[:24]
+    result = prune(
+        model, batches_of(tiny_rows(30), 6), pruning_ratio=0.2, latency_prompt_tokens=0,
+        progress=False,
+    )  # fmt: skip
+    facts = result.plan.provenance["compensation"]["sub_blocks"]
+    assert facts
+    for chosen in facts.values():
+        damping, condition = chosen["damping"], chosen["condition_number_at_most"]
+        assert (damping is None) == (condition is None)
+        assert condition is None or 1 <= condition < float("inf")
+    assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -1,0 +1,266 @@
+"""Compensation behind the pruned prefix: what each sub-block's loss did to the stream is put right.
+
+Least squares on the dense model's statistics restores what a projection wrote *there*. In the
+pruned model its inputs have changed, and so has the residual stream that it adds to. Here the
+sub-blocks are fitted in their order, each on the inputs that it really gets, to the one target
+that counts: after it, the pruned model's residual stream shall hold what the dense model's holds.
+An error made before is thereby corrected as far as this sub-block can see it.
+
+References:
+    Behind a pruned prefix: SparseGPT, ZipLM and their heirs. Towards the dense model's output:
+    GPTAQ and Qronos, for quantisation. We differ: the target is the residual stream, not the
+    projection's own output, and the fit is affine, its damping chosen on held-out text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_prune.calibration import ChannelCovariance, TwoStreams, two_streams
+from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.errors import CalibrationError
+from lit_prune.importance import affine_refit
+from lit_prune.methods import preset
+from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.planning import describe
+from lit_prune.surgery import (
+    DAMPING_FACTORS,
+    Compensation,
+    fallback_notes,
+    masked,
+    unit_columns,
+    weights_digest,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration import Calibration, RowSet, Side
+    from lit_prune.config import PruningConfig
+    from lit_prune.decoder import DecoderSpec
+    from lit_prune.planning import Planned
+
+_SIDES: tuple[Side, Side] = ("calibrate", "choose")
+
+
+def compensated(
+    model: PreTrainedModel,
+    planned: Planned,
+    calibration: Calibration,
+    config: PruningConfig,
+    *,
+    progress: bool = False,
+) -> Planned:
+    """Return the plan with the compensation that was asked for, where that needs forwards.
+
+    `make_plan` makes none, so that many plans can be looked at; this is for the one that stays.
+
+    Args:
+        model: The dense model; it is left as it was.
+        planned: What `make_plan` returned.
+        calibration: What it was made from; the text is run again.
+        config: The request.
+        progress: Show a bar (only on a terminal).
+
+    Raises:
+        CalibrationError: If an activation is not finite.
+    """
+    config = preset(config.preset).resolve(config)
+    if config.compensation != "sequential" or not config.pruning_ratio:
+        return planned
+    compensation = sequential_compensation(
+        model,
+        planned.plan,
+        calibration.rows,
+        damping=config.damping,
+        removed_mean=config.removed_mean,
+        protected_layers=config.protected_layers,
+        batch_tokens=config.replay_batch_tokens,
+        progress=progress,
+    )
+    facts = {**planned.plan.provenance, "compensation": describe(compensation)}
+    return replace(planned, plan=replace(planned.plan, provenance=facts), compensation=compensation)
+
+
+def sequential_compensation(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    rows: RowSet,
+    *,
+    damping: float = 0.01,
+    removed_mean: Literal["add", "drop"] = "add",
+    protected_layers: Sequence[int] = (),
+    batch_tokens: int = 8192,
+    progress: bool = False,
+) -> Compensation:
+    """Fit what stays of every sub-block so that the residual stream meets the dense model's.
+
+    With ``x`` what the kept columns of a projection get in the pruned model, ``h`` its residual
+    stream there, and ``s`` what the dense model's stream holds after the sub-block: the target is
+    ``t = s - h``, the weights are fitted to it (`affine_refit`), and a constant brings the mean
+    right. A sub-block that goes whole leaves the mean of its target. One that keeps all its units,
+    behind a cut, is fitted without a constant: no parameter is added where nothing is removed.
+
+    Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
+    four hidden states ``[tokens, hidden_size]`` of that text, in the dtype of the model, and one
+    joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side.
+
+    Args:
+        model: The dense model that the plan was made for; it is left as it was.
+        plan: What stays.
+        rows: The calibration text: fitted on its calibrate side, dampings chosen on its choose
+            side.
+        damping: Centre of the dampings tried, as a fraction of the mean variance.
+        removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
+        protected_layers: Layers whose weights stay as they are.
+        batch_tokens: Tokens of one forward.
+        progress: Show a bar (only on a terminal).
+
+    Raises:
+        CalibrationError: If an activation is not finite.
+    """
+    spec, parts = spec_for(model), DecoderParts(model)
+    plan.validate(spec)
+    made = Compensation({}, plan.digest, weights_digest(model), {}, {})
+    refused: list[str] = []
+    changed = False
+    bar = tqdm(
+        total=len(spec.blocks),
+        desc="Compensating (layer by layer)",
+        unit="layer",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with quiet(model), bar:
+        text = {side: two_streams(parts, rows, side, batch_tokens) for side in _SIDES}
+        for block in spec.blocks:
+            goals = {
+                side: [batch.goals(parts, block.index) for batch in batches]
+                for side, batches in text.items()
+            }
+            for part in block.sub_blocks:
+                place: SubBlock = (block.index, part.kind)
+                kept = _kept(plan, place)
+                cut = len(kept) < part.num_units
+                changed = changed or cut
+                if (
+                    not changed  # both streams are the same so far
+                    or block.index in protected_layers
+                    or (not kept and removed_mean == "drop")
+                ):
+                    continue
+                columns = unit_columns(kept, part.unit_width)
+                with masked(model, _until(spec, plan, place), made):
+                    moments = {
+                        side: _moments(parts, place, columns, text[side], goals[side])
+                        for side in text
+                    }
+                refused += _fit(parts, place, columns, moments, damping, made, cut=cut)
+            with masked(model, _until(spec, plan, (block.index + 1, "attention")), made):
+                for side, batches in text.items():
+                    for batch, (_, after) in zip(batches, goals[side], strict=True):
+                        batch.advance(parts, block.index, after)
+            bar.update()
+    return replace(made, notes=fallback_notes(made.facts, refused))
+
+
+def _moments(
+    parts: DecoderParts,
+    place: SubBlock,
+    columns: Tensor,
+    batches: list[TwoStreams],
+    goals: list[tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance of what the kept columns get and of the target, together."""
+    kind, bias = KINDS.index(place[1]), parts.output(*place).bias
+    metric: ChannelCovariance | None = None
+    for number, (batch, after) in enumerate(zip(batches, goals, strict=True)):
+        inputs, stream = batch.enters(parts, place)
+        target = after[kind] - stream
+        if len(columns) and bias is not None:  # it stays where it is
+            target = target - bias
+        both = torch.cat([inputs[..., columns.to(inputs.device)], target], -1)[batch.mask]
+        if not bool(torch.isfinite(both).all()):
+            raise CalibrationError(
+                f"layer {place[0]} {place[1]}, batch {number}: activations behind the pruned "
+                "prefix are not finite. Use bfloat16 or float32, or "
+                "compensation='least_squares'. The model is unchanged."
+            )
+        metric = metric or ChannelCovariance(both.shape[-1])
+        metric.update(both)
+    assert metric is not None  # noqa: S101 - a side has at least one batch
+    return metric.mean, metric.compute()
+
+
+def _fit(
+    parts: DecoderParts,
+    place: SubBlock,
+    columns: Tensor,
+    moments: dict[Side, tuple[Tensor, Tensor]],
+    damping: float,
+    made: Compensation,
+    *,
+    cut: bool,
+) -> list[str]:
+    """Add a sub-block's constant and weights to what was made; return its name if refused."""
+    mean, covariance = moments["calibrate"]
+    if not len(columns):
+        made.constants[place] = mean.cpu()
+        return []
+    other_mean, other = moments["choose"]
+    # about the means where a constant follows, else about zero
+    centre = mean if cut else torch.zeros_like(mean)
+    weight = parts.output(*place).weight.detach()
+    found = affine_refit(
+        _about(centre, mean, covariance),
+        _about(centre, other_mean, other),
+        weight[:, columns.to(weight.device)],
+        [damping * factor for factor in DAMPING_FACTORS],
+    )
+    name = f"layer {place[0]} {place[1]}"
+    if cut or found.damping is not None:
+        # float32 is what is kept, and every dtype below: the constant fits the rounded weights
+        rounded = found.weight.float()
+        made.weights[place] = rounded.cpu()
+        made.facts[name] = {
+            "damping": found.damping,
+            "condition_number_at_most": found.condition,
+        }
+    if cut:
+        constant = mean[len(columns) :] - rounded.double() @ mean[: len(columns)]
+        made.constants[place] = constant.cpu()
+    return [name] * found.refused
+
+
+def _about(centre: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Return second moments about ``centre``."""
+    return covariance + torch.outer(mean - centre, mean - centre)
+
+
+def _kept(plan: PruningPlan, place: SubBlock) -> tuple[int, ...]:
+    layer = plan.layers[place[0]]
+    return layer.kv_groups if place[1] == "attention" else layer.channels
+
+
+def _until(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan:
+    """Return the plan that cuts what lies before ``place``, and nothing else."""
+    whole = PruningPlan.keep_all(spec)
+    layers = tuple(_layers(plan, whole, place))
+    return replace(whole, layers=layers)
+
+
+def _layers(plan: PruningPlan, whole: PruningPlan, place: SubBlock) -> Iterator[LayerPlan]:
+    for cut, dense in zip(plan.layers, whole.layers, strict=True):
+        if cut.index < place[0]:
+            yield cut
+        elif cut.index == place[0] and place[1] == "mlp":
+            yield LayerPlan(cut.index, cut.kv_groups, dense.channels)
+        else:
+            yield dense

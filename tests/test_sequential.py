@@ -1,0 +1,172 @@
+"""Compensation behind the pruned prefix, against whole forwards of the masked model."""
+
+import copy
+
+import pytest
+import torch
+
+from lit_prune.config import PruningConfig
+from lit_prune.decoder import spec_for
+from lit_prune.errors import CalibrationError
+from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.planning import calibrate, make_plan
+from lit_prune.pruner import prune
+from lit_prune.sequential import compensated, sequential_compensation
+from lit_prune.surgery import apply_plan, masked, mean_compensation
+from tests.models import CONFIGS, batches_of, tiny_model, tiny_rows
+from tests.naive import captured, output_of, uneven_rows
+from tests.state import counted_forwards, unchanged
+
+ROWS = uneven_rows(60)
+ALL = tuple(range(48))
+LAYERS = (
+    LayerPlan(0, (0, 1), tuple(range(24))),
+    LayerPlan(1, (), tuple(range(5, 30))),
+    LayerPlan(2, (1,), ALL),  # the MLP of this layer and the attention of layer 0 lose nothing
+)
+
+
+def model_and_plan(family="llama", **options):
+    model = tiny_model(family, layers=3, **options)
+    return model, PruningPlan(spec_for(model).fingerprint, LAYERS)
+
+
+def streams(model, side, plan=None, compensation=None):
+    """The residual stream that leaves each layer, and what enters each output projection."""
+    if plan is None:
+        return captured(model, ROWS, side)
+    with masked(model, plan, compensation):
+        return captured(model, ROWS, side)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_each_layer_lies_nearer_to_the_dense_stream_than_with_the_mean_alone(family):
+    model, plan = model_and_plan(family)
+    config = PruningConfig(pruning_ratio=0.3, preset="flap")
+    units = calibrate(model, ROWS, config, progress=False).units
+    mean = mean_compensation(model, plan, units)
+    with unchanged(model):
+        found = sequential_compensation(model, plan, ROWS)
+    for side in ("calibrate", "choose"):
+        dense = streams(model, side)["leaves"]
+        errors = [
+            {
+                layer: float((h - dense[layer]).square().sum(1).mean())
+                for layer, h in streams(model, side, plan, compensation)["leaves"].items()
+            }
+            for compensation in (mean, found)
+        ]
+        assert all(errors[1][layer] < errors[0][layer] for layer in (0, 1, 2))
+
+
+def test_against_a_regression_on_what_the_pruned_model_really_gets():
+    """The last cut MLP, solved from raw activations with the damping that was chosen."""
+    model, plan = model_and_plan(mlp_bias=True, attention_bias=True)
+    found = sequential_compensation(model, plan, ROWS)
+    place, kept = (1, "mlp"), list(range(5, 30))
+    dense = streams(model, "calibrate")
+    # in front of that MLP everything is pruned: its own inputs do not depend on its own cut
+    pruned = streams(model, "calibrate", plan, found)
+    before = pruned["leaves"][0] + found.constants[1, "attention"]  # its attention is gone
+    linear = output_of(model, *place)
+    x, t = pruned["writes"][place][:, kept], dense["leaves"][1] - before - linear.bias.double()
+    weight, damping = (
+        linear.weight.detach().double()[:, kept],
+        found.facts["layer 1 mlp"]["damping"],
+    )
+    x0, t0 = x - x.mean(0), t - t.mean(0)
+    noise = damping * float(x.var(0, correction=0).mean())
+    inputs = torch.cat([x0 / len(x) ** 0.5, noise**0.5 * torch.eye(len(kept)).double()])
+    missing = torch.cat([(t0 - x0 @ weight.T) / len(x) ** 0.5, torch.zeros(len(kept), 32)])
+    new = weight + torch.linalg.lstsq(inputs, missing).solution.T
+    torch.testing.assert_close(found.weights[place].double(), new.detach(), rtol=1e-3, atol=1e-4)
+    # with its constant, the mean of the stream is the dense one
+    after = pruned["leaves"][1].mean(0)
+    torch.testing.assert_close(after, dense["leaves"][1].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_loses_nothing_gets_no_constant_and_what_lies_before_the_first_cut_stays():
+    model, plan = model_and_plan()
+    found = sequential_compensation(model, plan, ROWS)
+    assert set(found.constants) == {(0, "mlp"), (1, "attention"), (1, "mlp"), (2, "attention")}
+    assert (0, "attention") not in found.weights
+    assert (2, "mlp") in found.weights  # it corrects what was lost before
+    assert found.weights[2, "mlp"].shape == (32, 48)
+
+
+def test_protected_layers_keep_their_weights():
+    model, plan = model_and_plan()
+    found = sequential_compensation(model, plan, ROWS, protected_layers=(2,))
+    assert {layer for layer, _ in found.weights} == {0, 1}
+    assert {layer for layer, _ in found.constants} == {0, 1}
+
+
+def test_nothing_cut_nothing_changed():
+    model, _ = model_and_plan()
+    found = sequential_compensation(model, PruningPlan.keep_all(spec_for(model)), ROWS)
+    assert found.weights == {}
+    assert found.constants == {}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_surgery_makes_the_model_that_was_masked(family, tie):
+    model, plan = model_and_plan(family, tie=tie)
+    found = sequential_compensation(model, plan, ROWS)
+    ids = torch.stack(tiny_rows(3))
+    with torch.no_grad(), masked(model, plan, found):
+        wanted = model(input_ids=ids).logits
+    dense_parameters = sum(p.numel() for p in model.parameters())
+    apply_plan(model, plan, found)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-3)
+    assert sum(p.numel() for p in model.parameters()) < dense_parameters
+
+
+def test_no_forward_before_the_plan_that_stays():
+    model = tiny_model(layers=4)
+    config = PruningConfig(pruning_ratio=0.3, channel_multiple=4)
+    calibration = calibrate(model, ROWS, config, progress=False)
+    with counted_forwards(model) as forwards:
+        planned = make_plan(model, calibration, config)
+        assert forwards == []
+        done = compensated(model, planned, calibration, config)
+        assert forwards
+    assert done.plan == planned.plan  # what stays; how it is compensated stands beside
+    assert done.plan.provenance["compensation"]["sub_blocks"] == done.compensation.facts
+    assert done.compensation.facts != planned.compensation.facts
+    other = PruningConfig(pruning_ratio=0.3, channel_multiple=4, compensation="mean")
+    assert compensated(model, planned, calibration, other) is planned
+
+
+def test_the_same_text_in_another_order_gives_the_same_weights():
+    model, plan = model_and_plan()
+    one = sequential_compensation(model, plan, ROWS)
+    rows = type(ROWS).of(reversed(ROWS.rows))
+    other = sequential_compensation(copy.deepcopy(model), plan, rows)
+    for place, weight in one.weights.items():
+        assert torch.equal(weight, other.weights[place])
+
+
+@pytest.mark.parametrize("preset", ["flap", "paper", "sleb"])
+def test_any_preset_can_ask_for_it(preset):
+    model = tiny_model(layers=4)
+    result = prune(
+        model,
+        batches_of(tiny_rows(30), 6),
+        pruning_ratio=0.25,
+        preset=preset,
+        compensation="sequential",
+        latency_prompt_tokens=0,
+        progress=False,
+    )
+    assert result.plan.provenance["compensation"]["sub_blocks"]
+    assert abs(result.report.achieved_ratio - 0.25) <= 0.005
+
+
+def test_f16_activations_that_are_not_finite_are_named_and_nothing_is_changed():
+    model, plan = model_and_plan()
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
+    with unchanged(model), pytest.raises(CalibrationError, match=r"layer [01] .*not finite"):
+        sequential_compensation(model, plan, ROWS)
