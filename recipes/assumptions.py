@@ -68,7 +68,8 @@ if TYPE_CHECKING:
     from lit_prune.plan import PruningPlan
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = ("conditional", "paper")
+# Preset -> compensation.
+METHODS = {"conditional": "least_squares", "paper": "mean"}
 # Where many calibrations are compared, each measures its sensitivities on so many tokens.
 SEARCH_TOKENS = 4096
 BINS = 64
@@ -204,7 +205,7 @@ def drafts(
 
 def damage(model: PreTrainedModel, rows: RowSet, text: Scored, plans: int) -> dict[str, Any]:
     """Measure what sub-blocks and plans cost on held-out text, beside what was predicted."""
-    config = PruningConfig(pruning_ratio=RATIO)
+    config = PruningConfig(pruning_ratio=RATIO, compensation="least_squares")
     calibration = calibrate(model, rows, config, progress=False)
     bypassed = replay(model, rows, [Unit(*place) for place in calibration.units])
     calibration = replace(calibration, full=bypassed.full, bypassed=bypassed.bypassed)
@@ -257,7 +258,11 @@ def pruned_perplexity(
     model: PreTrainedModel, method: str, rows: RowSet, text: Scored, seed: int
 ) -> float:
     config = PruningConfig(
-        preset=method, pruning_ratio=RATIO, seed=seed, search_tokens=SEARCH_TOKENS
+        preset=method,
+        pruning_ratio=RATIO,
+        compensation=METHODS[method],
+        seed=seed,
+        search_tokens=SEARCH_TOKENS,
     )
     calibration = calibrate(model, rows, config, progress=False)
     pruned = copy.deepcopy(model)

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
 
 KINDS = ("attention", "mlp")
 ESTIMATES = ("vasicek", "histogram")
-MEASURES = ("transfer_entropy", "kl", "nll", "frobenius")
+# What each predicts in.
+MEASURES = {
+    "transfer_entropy": "nats of entropy",
+    "kl": "nats per token",
+    "nll": "nats per token",
+    "frobenius": "squared norm",
+}
 CHOSEN = "chosen at "
 
 
@@ -128,15 +134,23 @@ def _draw_damage(
     for one in ones:
         name = one[key]
         groups.setdefault(f"{CHOSEN}10 … 50 %" if name.startswith(CHOSEN) else name, []).append(one)
-    for ax, measure in zip(axes, MEASURES, strict=True):
+    for ax, (measure, unit) in zip(axes, MEASURES.items(), strict=True):
         for label, points in groups.items():
-            xs = [one["predicted"][measure] for one in points]
-            ax.scatter(xs, [one["measured"] for one in points], s=24, alpha=0.8, label=label)
+            xs, ys = zip(*((o["predicted"][measure], o["measured"]) for o in points), strict=True)
+            marker, size = ("*", 90) if label.startswith(CHOSEN) else ("o", 24)
+            ax.scatter(xs, ys, s=size, marker=marker, alpha=0.8, label=label)
+        if measure == "nll":  # the same quantity: on the diagonal where it is met
+            ends = [one["measured"] for one in ones if one["measured"] > 0]
+            diagonal = (min(ends), max(ends)) if ends else ()
+            ax.plot(
+                diagonal, diagonal, color="black", linewidth=0.8, zorder=0, label="as predicted"
+            )
+            ax.legend(handles=ax.lines, fontsize="small")
         words = measure.replace("_", " ")
-        ax.set_title(f"{title}, {words}: rank correlation {rho.get(measure, np.nan):.2f}", size=10)
-        ax.set(xscale="log", yscale="log", xlabel="predicted on calibration text")
+        ax.set_title(f"{title}, {words}: rank correlation {rho.get(measure, np.nan):.2f}", size=9)
+        ax.set(xscale="log", yscale="log", xlabel=f"predicted ({unit})")
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("measured on held-out text:\nincrease of NLL (nats per token)")
+    axes[0].set_ylabel("measured on held-out text,\nincrease of NLL (nats per token)")
     axes[0].legend(fontsize="small")
 
 
@@ -154,7 +168,10 @@ def _draw_shapes(axes: Any, results: list[dict[str, Any]]) -> None:
             axes[1].plot(layers, values, style, color=color, markersize=4, label=label)
     axes[0].axhline(0, color="black", linewidth=0.8)
     axes[0].set_yscale("symlog", linthresh=1)
-    axes[0].set_title("excess kurtosis of channels: median, quartiles (Gaussian: 0)", size=10)
+    least = min(one["excess_kurtosis"][0] for one in results)
+    axes[0].set_ylim(bottom=min(-0.5, 1.5 * least))
+    axes[0].set_title("excess kurtosis of channels, quartiles", size=10)
+    axes[0].text(0.02, 0.02, "0: Gaussian", transform=axes[0].transAxes, size=8)
     axes[1].set_title("rank correlation with the Gaussian entropy", size=10)
     for ax in axes:
         ax.set_xlabel("layer")
@@ -174,7 +191,7 @@ def _draw_perplexities(axes: Any, found: dict[str, Any]) -> None:
                 ax.errorbar(counts, means, spread, marker="o", capsize=3, label=source)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-        ax.set_title(f"{method}: perplexity on held-out text, over seeds", size=10)
+        ax.set_title(f"{method}: perplexity on held-out text", size=10)
         ax.set_xlabel("calibration rows")
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")
