@@ -28,6 +28,7 @@ from lit_prune.calibration import Row, RowSet, replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import KINDS, DecoderParts, quiet
 from lit_prune.planning import calibrate, make_plan
+from lit_prune.sequential import compensated
 
 CONFIG = PruningConfig(pruning_ratio=0.3)
 BATCH_TOKENS = 2048
@@ -52,7 +53,7 @@ def text_of(model: PreTrainedModel, rows: int, length: int) -> RowSet:
 def prune_once(model: PreTrainedModel, text: RowSet) -> None:
     """Run everything between text and pruned model, without measuring before and after."""
     calibration = calibrate(model, text, CONFIG, progress=False)
-    planned = make_plan(model, calibration, CONFIG)
+    planned = compensated(model, make_plan(model, calibration, CONFIG), calibration, CONFIG)
     apply_plan(copy.deepcopy(model), planned.plan, planned.compensation)
 
 
@@ -101,7 +102,7 @@ def peak_of(hidden: int, layers: int, rows: int, length: int) -> None:
     model = llama(hidden, layers)
     loaded, text = peak_bytes(), text_of(model, rows, length)
     calibration = calibrate(model, text, CONFIG, progress=False)
-    planned = make_plan(model, calibration, CONFIG)
+    planned = compensated(model, make_plan(model, calibration, CONFIG), calibration, CONFIG)
     apply_plan(model, planned.plan, planned.compensation)
     weights = sum(p.numel() * p.element_size() for p in llama(hidden, layers).parameters())
     print(json.dumps({"peak": peak_bytes(), "loaded": loaded, "weights": weights}))

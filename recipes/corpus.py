@@ -135,11 +135,12 @@ def corpus_digest(dataset: Dataset) -> str:
 
 
 def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: int) -> Dataset:
-    """Tokenize documents, join them with one end-of-text token after each, cut into full blocks.
+    """Tokenize documents, join them, cut into full blocks.
 
     Args:
         dataset: Documents with a column ``text``.
-        tokenizer: Tokenizer with an ``eos_token_id``; no other special token is added.
+        tokenizer: Tokenizer with an ``eos_token_id``, which ends each document, unless the
+            tokenizer itself begins each one with its ``bos_token_id``.
         context_length: Tokens per block; the tail that fills no block is dropped.
 
     Returns:
@@ -155,8 +156,11 @@ def pack(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, context_length: i
         raise ValueError("the tokenizer has no eos_token; documents could not be told apart.")
     stream: list[int] = []
     for text in dataset["text"]:
-        stream += tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        stream.append(tokenizer.eos_token_id)
+        ids = tokenizer.encode(text, verbose=False)
+        stream += ids
+        # a tokenizer that opens every document itself has told them apart
+        if not ids or ids[0] != tokenizer.bos_token_id:
+            stream.append(tokenizer.eos_token_id)
     starts = range(0, len(stream) - context_length + 1, context_length)
     if not starts:
         raise ValueError(f"{len(stream)} tokens do not fill one block of {context_length}.")

@@ -27,6 +27,7 @@ from lit_prune.errors import BudgetError, LitPruneError
 from lit_prune.methods import preset
 from lit_prune.metrics import footprint_of, measure_latency, perplexity_of
 from lit_prune.planning import calibrate, make_plan, needed_bypasses
+from lit_prune.sequential import compensated
 
 if TYPE_CHECKING:
     import argparse
@@ -292,6 +293,7 @@ class Preset:
         pruned = copy.deepcopy(harness.model)
         rise, started = Rise(pruned.device), harness.clock()
         planned = make_plan(pruned, measured.calibration, config, judged=self.judged)
+        planned = compensated(pruned, planned, measured.calibration, config)
         apply_plan(pruned, planned.plan, planned.compensation)
         seconds, peak = harness.clock() - started, rise.stop()
         peaks = [bytes_ for bytes_ in (measured.peak, peak) if bytes_ is not None]

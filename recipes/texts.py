@@ -122,7 +122,7 @@ def scored_windows(name: str, text: Dataset, tokenizer: Any, context: int, most:
     """Cut each document into windows of its own, evenly spaced ones if there are too many."""
     windows, owner = [], []
     for number, document in enumerate(text["text"]):
-        ids = torch.tensor(tokenizer.encode(document, add_special_tokens=False, verbose=False))
+        ids = torch.tensor(tokenizer.encode(document, verbose=False))  # as its model knows texts
         for index, window in enumerate(ids.split(context)):
             if len(window) > context // 4:  # a short tail has little context
                 windows.append(window)
@@ -176,7 +176,8 @@ def _published(options: argparse.Namespace, tokenizer: Any) -> Texts:
 
     def scored(name: str, file: str | None = None) -> Scored:
         tokens = joined_tokens(name, "test", tokenizer, file)
-        windows = whole_windows(tokens, options.context, SOURCES[name].windows)
+        most = min(SOURCES[name].windows, options.score_tokens // options.context)
+        windows = whole_windows(tokens, options.context, most)
         return Scored(Path(file).name if file else f"{name}, test", windows, [*range(len(windows))])
 
     other = _other(options, tokenizer) if options.other else None

@@ -67,7 +67,9 @@ def split_files(files: list[Path]) -> dict[str, list[Path]]:
     files = sorted(files)
     choose, score = files[7::20], files[13::20]
     if not score:
-        raise SystemExit(f"--text: at least 14 files are needed to hold some out, got {len(files)}.")
+        raise SystemExit(
+            f"--text: at least 14 files are needed to hold some out, got {len(files)}."
+        )
     held_out = {*choose, *score}
     return {"train": [f for f in files if f not in held_out], "choose": choose, "score": score}
 
