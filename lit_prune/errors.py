@@ -21,6 +21,23 @@ class UnsupportedModelError(LitPruneError, NotImplementedError):
     """A model, or a state of a model, that lit_prune cannot prune exactly."""
 
 
+class FormatError(ConfigError):
+    """A format that cannot hold a model.
+
+    Attributes:
+        reason: What blocks it, a clause without the name of the format.
+
+    Example:
+        >>> print(FormatError("stock", "layer 2 has no MLP", instead="heterogeneous"))
+        format 'stock' cannot hold this model: layer 2 has no MLP. These can: heterogeneous.
+    """
+
+    def __init__(self, name: str, reason: str, *, instead: str | None) -> None:
+        self.reason = reason
+        remedy = "" if instead is None else f" These can: {instead}."
+        super().__init__(f"format {name!r} cannot hold this model: {reason}.{remedy}")
+
+
 class CalibrationError(LitPruneError, RuntimeError):
     """Calibration text or activations that no statistic may be computed from."""
 

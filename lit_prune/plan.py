@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.errors import PlanMismatchError
+from lit_prune.errors import ArtifactError, PlanMismatchError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lit_prune.decoder import DecoderSpec
 
 SCHEMA_VERSION = 1
+_MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,27 @@ class PruningPlan:
                 f"{plan.digest}."
             )
         return plan
+
+    @classmethod
+    def load(cls, path: Path) -> PruningPlan:
+        """Read ``plan.json``.
+
+        Raises:
+            ArtifactError: If there is no such file, or it is too large or not text.
+            PlanMismatchError: If it is not what `to_json` writes.
+        """
+        try:
+            with path.open("rb") as file:
+                raw = file.read(_MAX_BYTES + 1)
+            if len(raw) > _MAX_BYTES:
+                raise ArtifactError(f"{path} is larger than {_MAX_BYTES} bytes: it is no plan.")
+            return cls.from_json(raw.decode())
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{path} is not UTF-8 text: {error}.") from error
+        except ArtifactError:
+            raise
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
     @classmethod
     def keep_all(cls, spec: DecoderSpec) -> PruningPlan:

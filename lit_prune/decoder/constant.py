@@ -18,6 +18,7 @@ class ConstantOutput(nn.Module):
     """
 
     bias: nn.Parameter | None
+    stands_for_removed = True
 
     def __init__(self, bias: nn.Parameter | None, *, returns_weights: bool) -> None:
         super().__init__()
@@ -30,3 +31,16 @@ class ConstantOutput(nn.Module):
         """Return the constant, whatever comes in."""
         output: Tensor = hidden_states.new_zeros(()) if self.bias is None else self.bias
         return (output, None) if self.returns_weights else output
+
+
+def is_constant(module: nn.Module) -> bool:
+    """Return whether a module stands in for a removed sub-block.
+
+    The model files that travel with saved models cannot import `ConstantOutput`: theirs carries the
+    same mark.
+
+    Example:
+        >>> is_constant(ConstantOutput(None, returns_weights=False)), is_constant(nn.Identity())
+        (True, False)
+    """
+    return getattr(module, "stands_for_removed", False) is True

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lit_prune.decoder.constant import ConstantOutput
+from lit_prune.decoder.families import family_name
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.spec import (
     KINDS,
@@ -62,9 +62,10 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return sha256 over model type and the sorted names and shapes of the parameters."""
+    """Return sha256 over the family and the sorted names and shapes of the parameters."""
     shapes = sorted((name, tuple(p.shape)) for name, p in model.named_parameters())
-    return hashlib.sha256(repr((model.config.model_type, shapes)).encode()).hexdigest()
+    whole = family_name(model.config.model_type), shapes
+    return hashlib.sha256(repr(whole).encode()).hexdigest()
 
 
 def refuse_altered_weights(model: nn.Module) -> None:
@@ -149,7 +150,7 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
         path = parts.sub_block_path(kind)
         if not parts.exists(index, kind):
             specs[kind] = None
-            constant = cast("ConstantOutput", parts.sub_block(index, kind))
+            constant = parts.sub_block(index, kind)
             constants += sum(p.numel() for p in constant.parameters())
             expected.update(f"{path}.{name}" for name, _ in constant.named_parameters())
             continue

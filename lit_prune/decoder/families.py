@@ -49,8 +49,21 @@ FAMILIES: dict[str, Family] = {
             model_type="qwen3",
             attention_extras=("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
         ),
+        Family(model_type="granite"),
     )
 }
+# Model types of our own classes, whose layers differ: pruned_llama …
+PRUNED = "pruned_"
+
+
+def family_name(model_type: object) -> str:
+    """Return the family that a model type belongs to, our own classes included.
+
+    Example:
+        >>> family_name("pruned_llama"), family_name("llama")
+        ('llama', 'llama')
+    """
+    return str(model_type).removeprefix(PRUNED)
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -60,7 +73,8 @@ def family_of(model: PreTrainedModel) -> Family:
         UnsupportedModelError: If there is none; lists the supported ones.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    name = family_name(model_type)
+    if name not in FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
             f"know. Supported: {', '.join(sorted(FAMILIES))} (causal language models with "
@@ -72,4 +86,4 @@ def family_of(model: PreTrainedModel) -> Family:
             f"{type(model).__name__} is not a causal language model with a head; pass the whole "
             "…ForCausalLM."
         )
-    return FAMILIES[model_type]
+    return FAMILIES[name]

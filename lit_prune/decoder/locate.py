@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_prune.decoder.families import FAMILIES, family_of
+from lit_prune.decoder.families import FAMILIES, family_name, family_of
 from lit_prune.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         for path, part in module.named_modules()
         if isinstance(part, PreTrainedModel) and type(part).__name__.endswith("ForCausalLM")
     }
-    supported = {path: part for path, part in whole.items() if part.config.model_type in FAMILIES}
+    supported = {
+        path: part
+        for path, part in whole.items()
+        if family_name(part.config.model_type) in FAMILIES
+    }
     if len(supported) == 1:
         return next(iter(supported.values()))
     if supported:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lit_prune.decoder.constant import ConstantOutput
+from lit_prune.decoder.constant import is_constant
 from lit_prune.decoder.families import Family, family_of
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ class DecoderParts:
         return self.family.attention_norm if kind == "attention" else self.family.mlp_norm
 
     def sub_block(self, layer: int, kind: SubBlockKind) -> nn.Module:
-        """Return the attention or MLP of a layer (a `ConstantOutput` where it was removed)."""
+        """Return the attention or MLP of a layer (a constant where it was removed)."""
         return self.layers[layer].get_submodule(self.sub_block_path(kind))
 
     def exists(self, layer: int, kind: SubBlockKind) -> bool:
         """Return whether the sub-block is there, not removed by an earlier pruning."""
-        return not isinstance(self.sub_block(layer, kind), ConstantOutput)
+        return not is_constant(self.sub_block(layer, kind))
 
     def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
         """Return the projections whose *rows* belong to units: q, k, v or gate, up."""

@@ -55,7 +55,7 @@ def restore_buffers(model: PreTrainedModel, saved: dict[str, Tensor], device: to
         parent, _, leaf = path.rpartition(".")
         old: Any = model.get_submodule(path)
         with torch.device("cpu"):
-            new = type(old)(config=model.config)
+            new = type(old)(config=old.config)
         setattr(model.get_submodule(parent), leaf, new.to(device).train(old.training))
     made = computed_buffers(model)
     for name, tensor in saved.items():

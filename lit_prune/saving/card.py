@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder.families import family_name
 from lit_prune.saving.versions import package_versions
 
 if TYPE_CHECKING:
@@ -13,15 +14,17 @@ if TYPE_CHECKING:
 
     from lit_prune.plan import PruningPlan
     from lit_prune.report import PruningReport
+    from lit_prune.saving.prepared import Prepared
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def model_card(
     model: PreTrainedModel,
+    prepared: Prepared,
     *,
     name: str,
-    stock: bool,
+    why: str,
     tokenizer: bool,
     verify: bool,
     rounded: bool,
@@ -32,8 +35,9 @@ def model_card(
 
     Args:
         model: The model that is saved.
+        prepared: What its format makes of it.
         name: Of the directory.
-        stock: Whether plain transformers loads it.
+        why: Why this format.
         tokenizer: Whether a tokenizer lies beside it.
         verify: Whether it is compared in a fresh process before it takes its place.
         rounded: Whether its rotary frequencies are other bits than its config gives.
@@ -42,26 +46,28 @@ def model_card(
     """
     base = _plain_text(str(getattr(model.config, "name_or_path", "") or ""))
     parts = [
-        _front_matter(base, stock=stock),
+        _front_matter(base),
         f"# {_plain_text(name)}",
         _origin(model, base, plan, report),
     ]
     if report is not None:
         parts += ["## Before and after", report.to_markdown().strip(), _calibration(report)]
-    parts += ["## Load it", _how_to_load(name, stock=stock, tokenizer=tokenizer)]
     parts += [
+        "## Load it",
+        f"Format `{prepared.format}` ({why}).",
+        how_to_load(prepared, name, tokenizer=tokenizer),
+        "\n".join(f"- {note}" for note in prepared.notes),
         "## Limits",
-        _limits(stock=stock, verify=verify, rounded=rounded),
+        _limits(prepared, verify=verify, rounded=rounded),
         "## Versions",
         _versions(plan, report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(base: str, *, stock: bool) -> str:
+def _front_matter(base: str) -> str:
     lines = ["---", "tags:", "- lit_prune", "- structured-pruning", "pipeline_tag: text-generation"]
-    if stock:
-        lines.append("library_name: transformers")
+    lines.append("library_name: transformers")
     if _HUB_NAME.fullmatch(base):
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "---"])
@@ -75,7 +81,8 @@ def _origin(
     )  # no path of somebody's machine
     origin = f"from `{shown}`" if shown else "from a model without a name"
     count = sum(p.numel() for p in model.parameters())
-    kind = f"A {model.config.model_type} causal language model {origin}: {count:,} parameters"
+    family = family_name(model.config.model_type)
+    kind = f"A {family} causal language model {origin}: {count:,} parameters"
     if plan is None:
         return f"{kind}. It carries no pruning plan."
     lines = [f"{kind}, structurally pruned by lit_prune (plan `{plan.digest[:12]}`, `plan.json`)."]
@@ -103,44 +110,49 @@ def _calibration(report: PruningReport) -> str:
     )
 
 
-def _how_to_load(name: str, *, stock: bool, tokenizer: bool) -> str:
-    lines = [
-        "```python",
-        "from lit_prune import load_pruned",
-        "",
-        f"model = load_pruned({name!r})",
-    ]
+def how_to_load(prepared: Prepared, name: str, *, tokenizer: bool) -> str:
+    """Return the exact lines, in every way that works."""
+    mapped = f"AutoModelForCausalLM.from_pretrained({name!r}"
+    auto = "from transformers import AutoModelForCausalLM"
+    ours = ["from lit_prune import load_pruned", "", f"model = load_pruned({name!r})"]
     if tokenizer:
-        lines += [
-            "",
-            "from transformers import AutoTokenizer",
-            "",
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+        ours += ["", "from transformers import AutoTokenizer", ""]
+        ours += [f"tokenizer = AutoTokenizer.from_pretrained({name!r})"]
+    ways = [("", ours)]
+    if prepared.code is None:
+        ways += [
+            ("With plain transformers, nothing else installed:", [auto, "", f"model = {mapped})"])
         ]
-    lines.append("```")
-    if stock:
-        lines += [
-            "",
-            "Plain transformers reads it too:",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
-            "```",
+    else:
+        ways += [
+            (
+                "With transformers, once lit_prune is imported:",
+                [auto, "", "import lit_prune", "", f"model = {mapped})"],
+            ),
+            (
+                "With transformers alone. This runs the model file of this directory "
+                f"(`{prepared.code.name}`, its hash is in `MANIFEST.json`); read it first:",
+                [auto, "", f"model = {mapped}, trust_remote_code=True)"],
+            ),
         ]
-    return "\n".join(lines)
+    blocks = [[words, "", "```python", *lines, "```"] for words, lines in ways]
+    return "\n\n".join("\n".join(block).strip() for block in blocks)
 
 
-def _limits(*, stock: bool, verify: bool, rounded: bool) -> str:
+def _limits(prepared: Prepared, *, verify: bool, rounded: bool) -> str:
     lines = ["Perplexity on some text is not fitness for a task: measure yours."]
-    if not stock:
+    if prepared.code is not None:
         lines.append(
-            "Layers differ in width (or hold biases, or lack parts) that the stock class cannot "
-            "express: plain `from_pretrained`, and servers that expect a stock model, refuse "
-            "this directory."
+            "Layers differ in width (or hold biases, or lack parts) that no stock class expresses: "
+            "servers that expect a stock model refuse this directory. For them, save with "
+            "`format='padded'`, or prune with uniform widths and save with `format='stock'`."
         )
-    if stock and rounded:
+    if prepared.format == "padded":
+        lines.append(
+            "What was pruned is back as zeros: this directory is for servers that need a stock "
+            "model. It is as large and as slow as its widest layer."
+        )
+    if rounded:
         lines.append(
             "The rotary frequencies were rounded with the weights (`buffers.safetensors`). Plain "
             "transformers makes them afresh in float32: its logits differ a little from the "
@@ -148,7 +160,7 @@ def _limits(*, stock: bool, verify: bool, rounded: bool) -> str:
         )
     lines.append(
         "Loaded in a fresh process and compared with the model in memory before it was put here: "
-        "see `verification` in `MANIFEST.json`."
+        "see `verification` in `MANIFEST.json`. No inference server was run."
         if verify
         else "Saved with `verify=False`: it was not loaded and compared."
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_prune.decoder import DecoderParts
-from lit_prune.saving.layout import layout_of
+from lit_prune.decoder.layout import layout_of
 from lit_prune.saving.weights import computed_buffers, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What a forward reads from an attention module besides its weights.
-_TRAITS = ("head_dim", "num_key_value_groups", "scaling", "sliding_window", "is_causal")
+_TRAITS = ("head_dim", "scaling", "sliding_window", "is_causal")
 
 
 def difference(rebuilt: PreTrainedModel, model: PreTrainedModel) -> str | None:
@@ -24,13 +24,32 @@ def difference(rebuilt: PreTrainedModel, model: PreTrainedModel) -> str | None:
             return f"{name} ({shapes[0]} for {shapes[1]})"
     if my_ties != its_ties:
         return f"tied weights ({my_ties} for {its_ties})"
-    if layout_of(rebuilt) != layout_of(model):
+    if layout_of(rebuilt).layers != layout_of(model).layers:
         return "the layout of its layers"
-    a, b = DecoderParts(rebuilt), DecoderParts(model)
-    for index in range(len(a.layers)):
-        for trait in _TRAITS if a.exists(index, "attention") else ():
-            values = [getattr(x.sub_block(index, "attention"), trait, None) for x in (a, b)]
-            if values[0] != values[1]:
-                return f"{trait} of layer {index} ({values[0]} for {values[1]})"
+    layers = range(len(layout_of(model).layers))
+    if (trait := other_trait(rebuilt, model, dict(zip(layers, layers, strict=True)))) is not None:
+        return trait
     buffers = [{k: v.shape for k, v in computed_buffers(x).items()} for x in (rebuilt, model)]
     return None if buffers[0] == buffers[1] else "its computed buffers"
+
+
+def other_trait(
+    rebuilt: PreTrainedModel, model: PreTrainedModel, layers: dict[int, int]
+) -> str | None:
+    """Say in words where attentions compute differently, or return None.
+
+    Args:
+        rebuilt: The one.
+        model: The other.
+        layers: Which layer of ``rebuilt`` stands for which of ``model``.
+    """
+    a, b = DecoderParts(rebuilt), DecoderParts(model)
+    for mine, its in layers.items():
+        for trait in _TRAITS if b.exists(its, "attention") else ():
+            values = [
+                getattr(parts.sub_block(index, "attention"), trait, None)
+                for parts, index in ((a, mine), (b, its))
+            ]
+            if values[0] != values[1]:
+                return f"{trait} of layer {its} ({values[0]} for {values[1]})"
+    return None

@@ -1,104 +1,81 @@
-"""Reading a layout that a stranger may have written: every key known, every value plausible."""
+"""Reading ``per_layer_config`` that a stranger may have written: every key known, all plausible."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder import KINDS
 from lit_prune.errors import ArtifactError
-from lit_prune.saving.layout import (
-    SCHEMA_VERSION,
-    AttentionLayout,
-    LayerLayout,
-    Layout,
-    MlpLayout,
-    RemovedLayout,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LARGEST = 2**31
+_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+_LISTS = {
+    "skip": KINDS,
+    "constants": KINDS,
+    "biases": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
 
 
-def read_layout(raw: object) -> Layout:
-    """Read what `Layout.to_dict` wrote; sizes are only plausible here, the weights decide.
+def check_layers(raw: Mapping[str, Any]) -> None:
+    """Refuse what `Layout.per_layer_config` would not write; the weights decide about sizes.
 
     Raises:
-        ArtifactError: If a key is missing or unknown, or a value has the wrong type or
-            contradicts another.
+        ArtifactError: If a key is missing or unknown, or a value has the wrong type or contradicts
+            another.
     """
-    whole = _object(raw, {"schema_version", "family", "hidden_size", "layers"}, "lit_prune")
-    if whole["schema_version"] != SCHEMA_VERSION or isinstance(whole["schema_version"], bool):
+    layers, count = raw["per_layer_config"], raw.get("num_hidden_layers")
+    if not isinstance(layers, dict) or not isinstance(count, int) or isinstance(count, bool):
         raise ArtifactError(
-            f"config.json: lit_prune has schema_version {whole['schema_version']!r:.40}; this "
-            f"version reads {SCHEMA_VERSION}."
+            "config.json: per_layer_config must be an object and num_hidden_layers a number."
         )
-    if not isinstance(whole["layers"], list) or not isinstance(whole["family"], str):
+    digits = len(str(count - 1))
+    if sorted(layers) != [f"{i:0{digits}}" for i in range(len(layers))] or len(layers) != count:
         raise ArtifactError(
-            "config.json: lit_prune.family must be text and lit_prune.layers a list."
+            f"config.json: per_layer_config must name each of {count} layers once, got "
+            f"{sorted(layers)[:8]!r:.80}."
         )
-    layers = tuple(
-        _layer(i, entry, len(whole["layers"])) for i, entry in enumerate(whole["layers"])
-    )
-    attentions = [x.attention for x in layers if isinstance(x.attention, AttentionLayout)]
-    if len({a.head_dim for a in attentions}) != 1:
-        raise ArtifactError(
-            "config.json: lit_prune.layers must hold attentions, all with one head_dim."
-        )
-    if len({a.cache_slot for a in attentions}) != len(attentions):
-        raise ArtifactError("config.json: two attentions share a cache_slot.")
-    return Layout(whole["family"], _size(whole["hidden_size"], "hidden_size"), layers)
-
-
-def _layer(index: int, raw: object, count: int) -> LayerLayout:
-    where = f"lit_prune.layers[{index}]"
-    layer = _object(raw, {"attention", "mlp"}, where)
-    found: dict[str, Any] = {}
-    for kind, keys in (
-        ("attention", {"kv_groups", "queries_per_group", "head_dim", "cache_slot", "biases"}),
-        ("mlp", {"channels", "biases"}),
-    ):
-        entry = layer[kind]
-        if isinstance(entry, dict) and set(entry) == {"constant"}:
-            if not isinstance(entry["constant"], bool):
-                raise ArtifactError(f"config.json: {where}.{kind}.constant must be true or false.")
-            found[kind] = RemovedLayout(entry["constant"])
-            continue
-        part = _object(entry, keys, f"{where}.{kind}")
-        roles = (
-            ("query", "key", "value", "output") if kind == "attention" else ("gate", "up", "output")
-        )
-        biases = part["biases"]
-        if not isinstance(biases, list) or biases != [role for role in roles if role in biases]:
+    for name, entry in layers.items():
+        _check_layer(f"per_layer_config[{name}]", entry)
+    if all("attention" in entry.get("skip", ()) for entry in layers.values()):
+        raise ArtifactError("config.json: per_layer_config must leave an attention in some layer.")
+    for key in _SIZES:
+        if raw.get(key) != 0 or isinstance(raw.get(key), bool):
             raise ArtifactError(
-                f"config.json: {where}.{kind}.biases must be some of {list(roles)}, in order."
+                f"config.json: {key} must be 0 beside per_layer_config, got {raw.get(key)!r:.40}."
             )
-        sizes = {
-            key: _size(part[key], f"{where}.{kind}.{key}")
-            for key in keys - {"biases", "cache_slot"}
-        }
-        if kind == "mlp":
-            found[kind] = MlpLayout(**sizes, biases=tuple(biases))
-            continue
-        slot = part["cache_slot"]
-        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < count:
-            raise ArtifactError(
-                f"config.json: {where}.cache_slot must lie in [0, {count}), got {slot!r:.40}."
-            )
-        found[kind] = AttentionLayout(**sizes, cache_slot=slot, biases=tuple(biases))
-    return LayerLayout(**found)
+    for key in ("biases", "constants"):
+        if raw.get(key) != []:
+            raise ArtifactError(f"config.json: {key} must be [] beside per_layer_config.")
 
 
-def _object(raw: object, keys: set[str], where: str) -> Mapping[str, Any]:
-    if not isinstance(raw, dict) or set(raw) != keys:
-        got = sorted(raw)[:8] if isinstance(raw, dict) else type(raw).__name__
-        raise ArtifactError(f"config.json: {where} must have the keys {sorted(keys)}, got {got}.")
-    return raw
-
-
-def _size(value: object, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LARGEST:
+def _check_layer(where: str, entry: object) -> None:
+    if not isinstance(entry, dict) or not set(entry) <= {*_SIZES, *_LISTS}:
+        got = sorted(entry)[:8] if isinstance(entry, dict) else type(entry).__name__
         raise ArtifactError(
-            f"config.json: {where} must be a positive 32-bit integer, got {value!r:.40}."
+            f"config.json: {where} may have the keys {sorted({*_SIZES, *_LISTS})}, got {got}."
         )
-    return value
+    for key, known in _LISTS.items():
+        found = entry.get(key, [])
+        if not isinstance(found, list) or found != [name for name in known if name in found]:
+            raise ArtifactError(f"config.json: {where}.{key} must be some of {known}, in order.")
+    skip = entry.get("skip", [])
+    wanted = {
+        *(() if "attention" in skip else _SIZES[:2]),
+        *(() if "mlp" in skip else _SIZES[2:]),
+    }
+    if set(entry) & set(_SIZES) != wanted or not set(entry.get("constants", [])) <= set(skip):
+        raise ArtifactError(f"config.json: {where} contradicts its skip {skip}: {sorted(entry)}.")
+    for key in wanted:
+        value = entry[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LARGEST:
+            raise ArtifactError(
+                f"config.json: {where}.{key} must be a positive 32-bit integer, got {value!r:.40}."
+            )
+    if "attention" not in skip and entry["num_attention_heads"] % entry["num_key_value_heads"]:
+        raise ArtifactError(
+            f"config.json: {where} has {entry['num_attention_heads']} heads on "
+            f"{entry['num_key_value_heads']} KV heads."
+        )

@@ -17,13 +17,13 @@ from lit_prune.saving.buffers import restore_buffers
 from lit_prune.saving.extras import GENERATION, read_generation_config
 from lit_prune.saving.files import inside, parse_json, read_json, read_text
 from lit_prune.saving.manifest import Manifest
+from lit_prune.saving.prepared import CONFIG
 from lit_prune.saving.skeleton import build, family_named
 from lit_prune.saving.weights import BUFFERS, DTYPES, read_shapes, read_tensors, tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG = "config.json"
 PLAN, REPORT = "plan.json", "report.json"
 
 
@@ -35,7 +35,8 @@ def load_pruned(
 ) -> PreTrainedModel:
     """Load what `save_pruned` wrote: the same weights, bit for bit, in the same shapes.
 
-    Only safetensors and JSON are read; no file of the directory is run, whatever it says. Every
+    Only safetensors and JSON are read; no file of the directory is run, not even the model file
+    that we put there for others: layers that differ are built by this package's own class. Every
     file is compared with the manifest, and every shape with the headers of the weights, before
     memory is allocated.
 
@@ -46,7 +47,7 @@ def load_pruned(
 
     Returns:
         The model in eval mode, trainable, with ``generation_config`` and ``pruning_record`` (None
-        where the directory holds no plan). It can be pruned again.
+        where the directory holds no plan). It can be pruned again; ``save_pretrained`` works too.
 
     Raises:
         ArtifactError: If something is missing, short, altered, contradictory, or wants code to be

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.files import inside, is_risky, read_json, sha256_of, write_json
+from lit_prune.saving.models import MODEL_FILES
 from lit_prune.saving.versions import package_versions
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ class Manifest:
 
     Attributes:
         files: Every file but the manifest itself, by name.
-        architecture: Family, format (``stock`` or ``lit_prune``), layers, dtype, tie, fingerprint
-            of the shapes.
+        architecture: Format, why this one, class, layers, dtype, ties, fingerprint of the shapes,
+            what was done to the model.
         verified: Whether the directory was loaded and compared before it was put in place.
         verification: How, in words.
         versions: Of the packages that wrote it.
@@ -62,7 +63,8 @@ class Manifest:
             if path.name == MANIFEST:
                 continue
             inside(directory, path.name)
-            if not path.is_file() or is_risky(path.name):
+            ours = path.name in MODEL_FILES
+            if not path.is_file() or (is_risky(path.name) and not ours):
                 raise ArtifactError(
                     f"{path.name} cannot be part of a saved model: only plain files that hold no "
                     "code and no pickle can. If the tokenizer brought it, save without "
@@ -156,7 +158,7 @@ class Manifest:
 
 def _entry(directory: Path, name: str, entry: Mapping[str, Any]) -> FileEntry:
     inside(directory, name)
-    if is_risky(name):
+    if is_risky(name) and name not in MODEL_FILES:  # those are hashed, never run
         raise ArtifactError(
             f"{directory}: {MANIFEST} lists {name}, which is code or a pickle: reading it can run "
             "whatever its author wanted. lit_prune reads safetensors and JSON only."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,13 +13,12 @@ from lit_prune.record import PruningRecord
 from lit_prune.saving.buffers import buffers_to_save
 from lit_prune.saving.card import model_card
 from lit_prune.saving.extras import write_generation_config, write_tokenizer
-from lit_prune.saving.files import write_json
-from lit_prune.saving.load import CONFIG, PLAN, REPORT
+from lit_prune.saving.formats import prepare
+from lit_prune.saving.load import PLAN, REPORT
 from lit_prune.saving.manifest import Manifest
-from lit_prune.saving.skeleton import describe, is_stock
 from lit_prune.saving.staging import staged
 from lit_prune.saving.verify import verify_saved
-from lit_prune.saving.weights import BUFFERS, tensors_of, write_tensors, write_weights
+from lit_prune.saving.weights import BUFFERS, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lit_prune.report import PruningReport
     from lit_prune.surgery import Compensation
 
+_log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5_000_000_000
 _UNVERIFIED = "not verified: saved with verify=False"
 
@@ -36,6 +37,7 @@ def save_pruned(
     model: PreTrainedModel,
     directory: str | Path,
     *,
+    format: str = "auto",  # noqa: A002 - the word that everybody would look for
     tokenizer: PreTrainedTokenizerBase | None = None,
     plan: PruningPlan | None = None,
     report: PruningReport | None = None,
@@ -48,14 +50,29 @@ def save_pruned(
     """Save a model, pruned or not, as one directory that `load_pruned` reads back bit for bit.
 
     Weights go to safetensors (a tied weight once), beside them config, generation config,
-    tokenizer, plan, report, a model card, and ``MANIFEST.json`` with the hash of every file. Where
-    the layers are what a stock class can express, plain ``AutoModelForCausalLM.from_pretrained``
-    reads the directory too. It appears at once and whole: after a crash, a full disk or Ctrl-C the
-    target is as it was.
+    tokenizer, plan, report, a model card, and ``MANIFEST.json`` with the hash of every file. The
+    directory appears at once and whole: after a crash, a full disk or Ctrl-C the target is as it
+    was.
+
+    ========================  ====================================================================
+    format                    who loads it
+    ========================  ====================================================================
+    ``stock``                 plain transformers, and what reads its models. Layers must be alike
+                              (depth is free). Where the own class cannot hold the biases or the
+                              head count, the model is re-labelled as Granite, which computes the
+                              same.
+    ``heterogeneous``         transformers after ``import lit_prune``, or, without this package,
+                              with ``trust_remote_code=True``: a self-contained model file lies
+                              beside the weights. Every layer in its own size.
+    ``padded``                as ``stock``, any plan: what is missing is put back as zeros. Exact,
+                              at the cost that the card states.
+    ``auto``                  the first of ``stock`` and ``heterogeneous`` that can hold it
+    ========================  ====================================================================
 
     Args:
         model: A causal language model of a supported family. It is not changed.
         directory: Where to; must not exist yet.
+        format: One of the above.
         tokenizer: Saved beside it, chat template included.
         plan: What stayed; by default what travels on the model (``model.pruning_record``).
         report: Before and after; by default what travels on the model.
@@ -72,7 +89,8 @@ def save_pruned(
         ArtifactError: If the target is in the way or cannot be written, or what was written is not
             the model.
         PlanMismatchError: If plan, report, calibration and compensation do not belong together.
-        ConfigError: If ``max_shard_bytes`` is not a positive integer.
+        ConfigError: If ``max_shard_bytes`` is not a positive integer, or there is no such format.
+        FormatError: If the format cannot hold the model; names what blocks it and what can.
         UnsupportedModelError: If the family is not known, or a weight is not a plain one
             (quantised, adapters …).
 
@@ -99,23 +117,13 @@ def save_pruned(
     spec = spec_for(model)
     plan, report = _travelling(model, plan, report)
     _refuse_strangers(plan, report, calibration, compensation)
-    (config, skeleton), (tensors, ties) = describe(model), tensors_of(model)
-    stock = is_stock(config)
-    architecture = {
-        "family": spec.model_type,
-        "format": "stock" if stock else "lit_prune",
-        "layers": len(spec.blocks),
-        "dtype": config["dtype"],
-        "tied": ties,
-        "fingerprint": spec.fingerprint,
-    }
-    buffers = buffers_to_save(model, skeleton)
-    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    with staged(directory, overwrite=overwrite, num_bytes=num_bytes) as folder:
-        write_weights(folder, tensors, max_shard_bytes)
+    prepared, why = prepare(model, format)
+    architecture = {"family": spec.model_type, "why": why, **prepared.describe()}
+    buffers = buffers_to_save(model, prepared.skeleton)
+    with staged(directory, overwrite=overwrite, num_bytes=prepared.num_bytes) as folder:
+        prepared.write(folder, max_shard_bytes)
         if buffers:
             write_tensors(folder / BUFFERS, buffers)
-        write_json(folder / CONFIG, config)
         write_generation_config(model, folder)
         if tokenizer is not None:
             write_tokenizer(tokenizer, folder)
@@ -129,8 +137,9 @@ def save_pruned(
             compensation.save(folder / "compensation.safetensors")
         card = model_card(
             model,
+            prepared,
             name=directory.resolve().name,
-            stock=stock,
+            why=why,
             tokenizer=tokenizer is not None,
             verify=verify,
             rounded=bool(buffers),
@@ -143,8 +152,9 @@ def save_pruned(
         )
         manifest.write(folder)
         if verify:
-            words = verify_saved(model, folder, stock=stock)
+            words = verify_saved(model, folder, prepared)
             replace(manifest, verified=True, verification=words).write(folder)
+    _log.info("Saved %s as %s (%s).", directory, prepared.format, why)
     return directory
 
 

@@ -1,10 +1,7 @@
-"""From ``config.json`` to a model without weights, and back: only classes of known families.
+"""From ``config.json`` to a model without weights: only classes of known families.
 
-Two formats. ``stock``: the config of the class says it all, and plain transformers loads the
-directory. Where it cannot (widths that differ by layer, biases that the class does not have,
-removed sub-blocks), ``lit_prune``: ``model_type`` is one that plain transformers does not know,
-`Layout` stands under the key ``lit_prune``, and ``hidden_size`` is a sentence, so that the stock
-class, when named outright, refuses too instead of dropping what it does not expect.
+Nothing that the file says is run: a stock family is built by the class of transformers, a pruned
+one (``pruned_llama`` …) by the class of this package, whatever file lies beside it.
 """
 
 from __future__ import annotations
@@ -15,22 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.decoder import FAMILIES, DecoderParts
+from lit_prune.decoder import FAMILIES
+from lit_prune.decoder.families import PRUNED, family_name
 from lit_prune.errors import ArtifactError
-from lit_prune.saving.difference import difference
-from lit_prune.saving.layout import layout_of
-from lit_prune.saving.layout_read import read_layout
-from lit_prune.saving.shaping import shape_layers
-from lit_prune.saving.weights import DTYPES, dtypes_of, tensors_of
+from lit_prune.saving.layout_read import check_layers
+from lit_prune.saving.models import auto_map, pruned_classes
+from lit_prune.saving.weights import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFIX = "lit_prune_"
-KEY = "lit_prune"
-_SENTENCE = "see lit_prune.hidden_size: the layers differ; load with lit_prune.load_pruned"
-# Fields of which a stock config knows one value for all layers; the layout knows better.
-_WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 # Keys that make transformers fetch or run code, or build something else.
 _REFUSED = {
     "auto_map",
@@ -41,58 +32,9 @@ _REFUSED = {
 }
 
 
-def describe(model: PreTrainedModel) -> tuple[dict[str, Any], PreTrainedModel]:
-    """Return the content of ``config.json`` that rebuilds exactly this model, and what it rebuilds.
-
-    Raises:
-        ArtifactError: If the config cannot be written, or does not lead back to this model.
-    """
-    config_class, model_class = _classes(model.config.model_type)
-    raw = {
-        k: v
-        for k, v in model.config.to_dict().items()
-        if not k.startswith("_") and k != "model_type"
-    }
-    dtypes = dtypes_of(model)
-    raw |= {
-        "architectures": [model_class.__name__],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tie_word_embeddings": bool(tensors_of(model)[1]),  # what is so, whatever the config says
-        "num_hidden_layers": len(DecoderParts(model).layers),
-    }
-    try:
-        raw = _as_read({"model_type": config_class.model_type, **raw})
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"the config of {type(model).__name__} is not JSON: {error}."
-        ) from error
-    if len(dtypes) == 1:
-        try:
-            skeleton = build(raw)
-            if difference(skeleton, model) is None:
-                return raw, skeleton
-        except ArtifactError:
-            pass  # no stock config says this; the other format does, or the comparison below raises
-    layout = layout_of(model)
-    raw |= {
-        "model_type": f"{PREFIX}{layout.family}",
-        "architectures": [f"LitPrune{model_class.__name__}"],
-        "hidden_size": _SENTENCE,
-        KEY: layout.to_dict(),
-    }
-    raw = _as_read(raw)
-    skeleton = build(raw)
-    if (found := difference(skeleton, model)) is not None:
-        raise ArtifactError(
-            f"{type(model).__name__} cannot be described: rebuilt from its own config it differs "
-            f"in {found}. Was a module replaced by hand?"
-        )
-    return raw, skeleton
-
-
-def is_stock(raw: dict[str, Any]) -> bool:
-    """Return whether plain transformers reads this config."""
-    return KEY not in raw
+def is_pruned(raw: dict[str, Any]) -> bool:
+    """Return whether a ``config.json`` speaks of layers that differ."""
+    return str(raw.get("model_type")).startswith(PRUNED)
 
 
 def family_named(raw: dict[str, Any]) -> str:
@@ -101,17 +43,19 @@ def family_named(raw: dict[str, Any]) -> str:
     Raises:
         ArtifactError: If it is not one of `FAMILIES`, or the file wants code to be run.
     """
+    name = raw.get("model_type")
+    family = family_name(name)
+    if not isinstance(name, str) or family not in FAMILIES:
+        raise ArtifactError(
+            f"config.json: model_type {name!r:.80} is none of {sorted(FAMILIES)} (or {PRUNED}…)."
+        )
     for key in sorted(_REFUSED & set(raw)):
+        # the one file that we write ourselves; it is not run here either
+        if key == "auto_map" and is_pruned(raw) and raw[key] == auto_map(family):
+            continue
         raise ArtifactError(
             f"config.json sets {key}: it can make a library fetch or run code, or build another "
             "model. Refused."
-        )
-    name = raw.get("model_type")
-    prefix = "" if is_stock(raw) else PREFIX
-    family = next((known for known in FAMILIES if name == f"{prefix}{known}"), None)
-    if family is None:
-        raise ArtifactError(
-            f"config.json: model_type {name!r:.80} is none of {sorted(FAMILIES)} (or {PREFIX}…)."
         )
     return family
 
@@ -122,31 +66,19 @@ def build(raw: dict[str, Any]) -> PreTrainedModel:
     Raises:
         ArtifactError: If the config describes no model.
     """
-    config_class, model_class = _classes(family_named(raw))
-    layout = None if is_stock(raw) else read_layout(raw[KEY])
-    values = {k: v for k, v in raw.items() if k not in ("model_type", KEY)}
+    family = family_named(raw)
+    config_class, model_class = pruned_classes(family) if is_pruned(raw) else stock_classes(family)
+    values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map")}
     if values.get("dtype") not in (None, *DTYPES):
         raise ArtifactError(
             f"config.json: dtype must be one of {sorted(DTYPES)}, got {values['dtype']!r:.40}."
         )
-    if layout is not None:
-        if layout.family != config_class.model_type:
-            raise ArtifactError(
-                f"config.json names two families, {layout.family!r:.40} in lit_prune."
-            )
-        # the smallest legal model of the class; its layers are shaped below
-        values |= dict.fromkeys(_WIDTHS, 1)
-        values |= {
-            "hidden_size": layout.hidden_size,
-            "head_dim": layout.head_dim,
-            "architectures": [model_class.__name__],
-        }
-        if values.get("num_hidden_layers") != len(layout.layers):
-            raise ArtifactError(
-                f"config.json: num_hidden_layers is {values.get('num_hidden_layers')!r:.40}, the "
-                f"layout has {len(layout.layers)} layers."
-            )
     known = {field.name for field in fields(config_class)} | {"head_dim", "output_attentions"}
+    if is_pruned(raw):
+        if "per_layer_config" not in raw:
+            raise ArtifactError("config.json: per_layer_config is missing.")
+        check_layers(raw)
+        known.add("per_layer_config")
     inert = {k: v for k, v in values.items() if k not in known}
     if bad := sorted(
         k for k in inert if not k.isidentifier() or k.startswith("_") or hasattr(config_class, k)
@@ -160,10 +92,6 @@ def build(raw: dict[str, Any]) -> PreTrainedModel:
             setattr(config, key, value)
         with torch.device("meta"):
             model: PreTrainedModel = model_class(config).eval()
-        if layout is not None:
-            shape_layers(model, layout)
-            for key in _WIDTHS:
-                setattr(config, key, raw[key])
         model.tie_weights()
     except (
         Exception
@@ -174,18 +102,22 @@ def build(raw: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _as_read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return what reading the file will give: text keys, lists for tuples."""
-    whole: dict[str, Any] = json.loads(json.dumps(raw, allow_nan=False))
+def as_read(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return what reading the file will give: text keys, lists for tuples.
+
+    Raises:
+        ArtifactError: If it is not JSON.
+    """
+    try:
+        whole: dict[str, Any] = json.loads(json.dumps(raw, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the config of this model is not JSON: {error}.") from error
     return whole
 
 
-def _classes(family: str) -> tuple[Any, Any]:
+def stock_classes(family: str) -> tuple[Any, Any]:
+    """Return config and model class of transformers for a family."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if family not in FAMILIES:
-        raise ArtifactError(
-            f"{family!r:.80} is none of the families that can be saved: {sorted(FAMILIES)}."
-        )
     config_class = CONFIG_MAPPING[family]
     return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]

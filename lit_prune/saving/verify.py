@@ -1,8 +1,9 @@
 """Before a saved model takes its place: is it the same one to a process that knows nothing else?
 
-Policy: every weight, shape, dtype and tie must be equal bit for bit. Logits of a few
-random tokens must be equal bit for bit where the model is on the CPU (both sides compute with one
-thread), and close otherwise: another device sums in another order.
+Policy: every weight, shape, dtype and tie must be equal bit for bit to what was to be written.
+Logits of a few random tokens must be equal bit for bit to those of the model in memory where it is
+on the CPU (both sides compute with one thread) and nothing was padded, and close otherwise: sums
+run in another order.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import torch
 
 from lit_prune.decoder import quiet
 from lit_prune.errors import ArtifactError
-from lit_prune.saving.weights import digest_of, write_tensors
+from lit_prune.saving.weights import BUFFERS, digest, dtypes_of, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from lit_prune.saving.prepared import Prepared
 
 ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_SECONDS = 3600
@@ -41,13 +44,13 @@ _NOT_INHERITED = (
 )
 
 
-def verify_saved(model: PreTrainedModel, directory: Path, *, stock: bool) -> str:
-    """Load ``directory`` in a fresh process and compare it with ``model``.
+def verify_saved(model: PreTrainedModel, directory: Path, prepared: Prepared) -> str:
+    """Load ``directory`` in a fresh process, without and with this package; compare with ``model``.
 
     Args:
         model: What was saved.
         directory: A complete directory of `save_pruned`.
-        stock: Plain transformers must read it too, and compute the same.
+        prepared: What the directory should hold.
 
     Returns:
         What was compared, in words.
@@ -56,19 +59,24 @@ def verify_saved(model: PreTrainedModel, directory: Path, *, stock: bool) -> str
         ArtifactError: If anything differs, or the process cannot be started.
     """
     ids = random_ids(model.config.vocab_size)
-    on_cpu = next(model.parameters()).device.type == "cpu"
     about = {
-        "digest": digest_of(model),
-        "on_cpu": on_cpu,
         "attention": getattr(model.config, "_attn_implementation", None),
+        "class": prepared.class_name,
+        "code": prepared.code and prepared.code.name,
+        "digest": digest(prepared.tensors, prepared.ties),
         "matmul_precision": torch.get_float32_matmul_precision(),
+        "on_cpu": next(model.parameters()).device.type == "cpu",
+        "one_dtype": len(dtypes_of(model)) == 1,
         "package": str(ROOT),
-        "stock": stock,
+        "rounded": (directory / BUFFERS).exists(),
+        "verbatim": prepared.verbatim,
     }
     with TemporaryDirectory(prefix="lit_prune-") as folder:
         reference = Path(folder) / "reference.safetensors"
         write_tensors(
-            reference, {"logits": logits_of(model, ids)}, {"lit_prune": json.dumps(about)}
+            reference,
+            {"logits": logits_of(model, ids), "ids": ids},
+            {"lit_prune": json.dumps(about)},
         )
         return _run(directory, reference)
 
@@ -109,8 +117,7 @@ def _run(directory: Path, reference: Path) -> str:
     command = [
         sys.executable,
         "-P",
-        "-m",
-        "lit_prune.saving.check",
+        str(Path(__file__).with_name("check.py")),
         str(directory.resolve()),
         str(reference),
     ]

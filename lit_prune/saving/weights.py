@@ -66,7 +66,11 @@ def computed_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def digest_of(model: nn.Module) -> str:
     """Return sha256 over names, shapes, dtypes, bytes and ties of everything that is stored."""
-    stored, ties = tensors_of(model)
+    return digest(*tensors_of(model))
+
+
+def digest(stored: dict[str, Tensor], ties: dict[str, str]) -> str:
+    """Return `digest_of` a model that stores these tensors and ties."""
     whole = hashlib.sha256(repr(sorted(ties.items())).encode())
     for name, tensor in sorted(stored.items()):
         whole.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

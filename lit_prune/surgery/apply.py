@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +21,11 @@ from lit_prune.decoder import (
     remainder,
     spec_for,
 )
+from lit_prune.decoder.layout import layout_of
 from lit_prune.errors import SurgeryError
+from lit_prune.plan import PruningPlan
 from lit_prune.surgery.cache import cache_slots
-from lit_prune.surgery.compensation import unit_columns
+from lit_prune.surgery.compensation import Compensation, unit_columns
 from lit_prune.surgery.edits import StagedEdits
 from lit_prune.surgery.mask import masked
 
@@ -29,9 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel
-
-    from lit_prune.plan import PruningPlan
-    from lit_prune.surgery.compensation import Compensation
 
 # Largest difference of logits to the masked dense model, as a fraction of the largest logit.
 # float32 sums in another order; half precision rounds every activation, and the rounding grows
@@ -41,12 +42,15 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, tor
 
 def apply_plan(
     model: PreTrainedModel,
-    plan: PruningPlan,
-    compensation: Compensation | None = None,
+    plan: PruningPlan | str | Path,
+    compensation: Compensation | str | Path | None = None,
     *,
     verify: bool = True,
 ) -> None:
     """Make ``model`` smaller, in place, all or nothing.
+
+    With the base model and the paths of ``plan.json`` and ``compensation.safetensors`` it makes a
+    pruned model again, for people who share plans and not weights.
 
     q/k/v/o and gate/up/down are sliced, removed sub-blocks become constants, removed blocks leave
     the stack; config, KV-cache slots and per-layer lists follow. dtype, device, ``requires_grad``,
@@ -55,11 +59,13 @@ def apply_plan(
 
     Args:
         model: The model that the plan was made for.
-        plan: What stays.
-        compensation: Constants for what was cut, made for this plan and these weights.
+        plan: What stays, or the path of a ``plan.json``.
+        compensation: Constants for what was cut, made for this plan and these weights, or the path
+            of a ``compensation.safetensors``.
         verify: Compare before declaring success.
 
     Raises:
+        ArtifactError: If a file cannot be read, or is something else.
         PlanMismatchError: If plan or compensation belong to another model.
         SurgeryError: If the result is not what was planned. In every failure the model is
             bit-identical.
@@ -75,6 +81,10 @@ def apply_plan(
         >>> model.config.num_hidden_layers, model.model.layers[0].mlp.down_proj
         (1, Linear(in_features=8, out_features=16, bias=False))
     """
+    if isinstance(plan, str | Path):
+        plan = PruningPlan.load(Path(plan))
+    if isinstance(compensation, str | Path):
+        compensation = Compensation.load(Path(compensation))
     with applied(model, plan, compensation, verify=verify):
         pass
 
@@ -212,8 +222,7 @@ def _remove(
 
 
 def _add_to_constant(edits: StagedEdits, parts: DecoderParts, constant: Tensor) -> None:
-    slot = parts.sub_block(*LEADING)
-    assert isinstance(slot, ConstantOutput)  # noqa: S101 - narrows the type; the spec says so
+    slot: Any = parts.sub_block(*LEADING)
     like = next(parts.layers[0].parameters()) if slot.bias is None else slot.bias
     if slot.bias is not None:
         constant = constant + slot.bias.double().cpu()
@@ -251,10 +260,13 @@ def _restack(
     }
     # a stock config has one width for all layers: where there are several it keeps the dense ones,
     # and saving writes the widths of each layer beside it
-    if len(groups) == 1 and len(queries) == 1:
+    own = getattr(parts.model.config, "is_heterogeneous", False)
+    if own:  # `per_layer_config` holds the widths
+        edits.follow(partial(_say_what_layers_hold, parts.model))
+    elif len(groups) == 1 and len(queries) == 1:
         fields["num_key_value_heads"] = min(groups)
         fields["num_attention_heads"] = min(groups) * min(queries)
-    if len(channels) == 1 and min(channels):
+    if not own and len(channels) == 1 and min(channels):
         fields["intermediate_size"] = min(channels)
     configs = {id(module.config): module.config for module in (parts.model, parts.model.base_model)}
     for config in configs.values():
@@ -263,6 +275,11 @@ def _restack(
         for name, value in fields.items():
             if getattr(config, name, None) != value:
                 edits.attribute(config, name, value)
+
+
+def _say_what_layers_hold(model: PreTrainedModel) -> None:
+    held: Any = layout_of(model).per_layer_config()
+    model.config.per_layer_config = held
 
 
 def _check_ids(model: PreTrainedModel) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ class StagedEdits:
 
     def __init__(self) -> None:
         self._edits: list[_Edit] = []
+        self._followers: list[Callable[[], None]] = []
 
     def __len__(self) -> int:
         """Return how many assignments are staged."""
@@ -62,6 +64,10 @@ class StagedEdits:
         """Stage a sub-module or a plain attribute."""
         self._edits.append(_Edit(owner, name, value))
 
+    def follow(self, follower: Callable[[], None]) -> None:
+        """Call ``follower`` after every change, a taken-back one too: it derives from the model."""
+        self._followers.append(follower)
+
     def commit(self) -> None:
         """Assign everything, or nothing."""
         done = 0
@@ -70,6 +76,8 @@ class StagedEdits:
                 edit.before = getattr(edit.owner, edit.name, _ABSENT)
                 done += 1
                 self._assign(edit)
+            for follower in self._followers:
+                follower()
         except BaseException:
             self._undo(done)
             raise
@@ -85,6 +93,8 @@ class StagedEdits:
                     delattr(edit.owner, edit.name)
             else:
                 setattr(edit.owner, edit.name, edit.before)
+        for follower in self._followers:
+            follower()
 
     @staticmethod
     def _assign(edit: _Edit) -> None:

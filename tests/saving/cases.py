@@ -25,11 +25,25 @@ PLANS = {
     "no_first_attention": [((), HALF), ((0,), HALF), ((0, 1), HALF), ((0,), HALF)],
     "no_mlp": [((0, 1), ALL), ((0,), ()), ((), FEW), ((), ())],
     "leading": [((), ()), ((), FEW), ((1,), ()), ((0, 1), HALF)],
+    "first_gone": [((), ()), ((1,), HALF), ((0,), HALF), ((0,), HALF)],
 }
 # With the mean of what was cut as biases, and as a constant in place of the first attention.
-COMPENSATED = ("uniform_mean", "no_first_attention_mean", "leading_mean")
+COMPENSATED = ("uniform_mean", "no_first_attention_mean", "leading_mean", "first_gone_mean")
 KINDS = ("dense", *PLANS, *COMPENSATED)
-STOCK = ("dense", "uniform", "shorter")  # what plain transformers can load
+# Layers that are all alike: a stock class of some family holds them.
+ALIKE = ("dense", "uniform", "shorter", "first_gone", "uniform_mean", "first_gone_mean")
+
+
+def model_types(family, kind):
+    """What each format is written as; None where it is refused."""
+    mean = kind.endswith("_mean")
+    # llama has flags for all biases, mistral for none, qwen2 for no outputs, qwen3 for no MLP
+    carrier = family if not mean or family == "llama" else None if family == "qwen3" else "granite"
+    return {
+        "stock": carrier if kind in ALIKE else None,
+        "heterogeneous": f"pruned_{family}",
+        "padded": carrier,
+    }
 
 
 def pruned(family="llama", kind="uneven", **options):

@@ -10,7 +10,7 @@ from lit_prune.errors import ArtifactError, PlanMismatchError
 from lit_prune.saving import load_pruned, save_pruned
 from lit_prune.surgery import Compensation
 from tests.models import tiny_rows
-from tests.saving.cases import listing, pruned
+from tests.saving.cases import listing, logits, pruned
 
 
 def tiny_tokenizer(template="{{ messages }}"):
@@ -26,19 +26,38 @@ def code_of(card):
     return re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "uneven"])
-def test_the_lines_of_the_card_load_the_model(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "chosen", "ways"),
+    [("uniform", "auto", 2), ("uneven", "auto", 3), ("uneven", "padded", 2)],
+)
+def test_the_lines_of_the_card_load_the_model(kind, chosen, ways, tmp_path, monkeypatch):
     model = pruned(kind=kind)
-    path = save_pruned(model, tmp_path / "it's mine", tokenizer=tiny_tokenizer(), verify=False)
+    path = save_pruned(
+        model, tmp_path / "it's mine", format=chosen, tokenizer=tiny_tokenizer(), verify=False
+    )
     blocks = code_of((path / "README.md").read_text())
-    assert len(blocks) == (2 if kind == "uniform" else 1)
+    assert len(blocks) == ways
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         names = {}
         exec(block, names)
-        assert names["model"].num_parameters() == model.num_parameters()
+        torch.testing.assert_close(logits(names["model"]), logits(model), rtol=0, atol=1e-4)
         if block == blocks[0]:
             assert names["tokenizer"]("hello world").input_ids == [1, 2]
+
+
+def test_the_card_states_the_format_and_its_cost(tmp_path):
+    model = pruned("mistral", "uniform_mean")
+    text = (save_pruned(model, tmp_path / "a", verify=False) / "README.md").read_text()
+    assert "Format `stock` (auto took stock: GraniteForCausalLM of plain transformers" in text
+    assert "Re-labelled from mistral to granite" in text
+    path = save_pruned(pruned(), tmp_path / "b", format="padded", verify=False)
+    text = (path / "README.md").read_text()
+    assert "Padding with zeros costs: parameters 25,408 → 35,104 (+38.16%), FLOPs per token" in text
+    assert "as large and as slow as its widest layer" in text
+    text = (save_pruned(pruned(), tmp_path / "c", verify=False) / "README.md").read_text()
+    assert "auto took heterogeneous: layer 1 has num_key_value_heads 2" in text
+    assert "format='padded'" in text
 
 
 def test_the_card_says_what_was_done(tmp_path):

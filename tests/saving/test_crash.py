@@ -2,7 +2,10 @@
 
 import errno
 import os
+import random
 import shutil
+import signal
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from lit_prune.errors import ArtifactError
-from lit_prune.saving import load_pruned, save, save_pruned, staging
+from lit_prune.saving import load_pruned, prepared, save, save_pruned, staging
 from lit_prune.saving.files import sha256_of
 from lit_prune.saving.manifest import Manifest
 from lit_prune.saving.weights import digest_of
@@ -65,7 +68,8 @@ def test_f39_crash_at_any_step_leaves_the_target_as_it_was(
     def crash(*_args, **_options):
         raise error
 
-    owner = {"sync": staging, "rename": Path, "manifest": Manifest}.get(step, save)
+    owners = {"sync": staging, "rename": Path, "manifest": Manifest}
+    owner = owners.get(step, prepared if step in ("write_weights", "write_json") else save)
     with monkeypatch.context() as patched:
         if step == "rename":
             real = Path.rename
@@ -153,15 +157,15 @@ def test_f39_overwrite_deletes_nothing_that_it_did_not_write(saved, tmp_path):
 
 def test_f39_two_writers_the_loser_gets_a_typed_error(tmp_path, monkeypatch):
     winner, loser = pruned(seed=1), pruned(seed=2)
-    real = save.write_weights
+    real = prepared.write_weights
 
     def meanwhile(*args):
         real(*args)
         monkeypatch.setattr(os, "getpid", lambda: 1)  # another process
-        monkeypatch.setattr(save, "write_weights", real)
+        monkeypatch.setattr(prepared, "write_weights", real)
         save_pruned(winner, tmp_path / "saved", verify=False)
 
-    monkeypatch.setattr(save, "write_weights", meanwhile)
+    monkeypatch.setattr(prepared, "write_weights", meanwhile)
     with pytest.raises(ArtifactError, match="appeared while it was being saved"):
         save_pruned(loser, tmp_path / "saved", verify=False)
     assert listing(tmp_path) == ["saved"]
@@ -175,3 +179,30 @@ def test_f39_leftover_of_a_killed_process_is_not_mixed_in(tmp_path):
     with pytest.raises(ArtifactError, match="delete that directory"):
         save_pruned(pruned(), tmp_path / "saved")
     assert listing(tmp_path) == [stale.name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_f39_writer_killed_at_random_moments_leaves_an_old_or_a_new_directory(tmp_path):
+    target = tmp_path / "saved"
+    old, new = pruned(kind="uneven"), pruned(kind="uniform_mean", seed=1)
+    wanted = {
+        digest_of(old),
+        digest_of(load_pruned(save_pruned(new, tmp_path / "n", verify=False))),
+    }
+    chance, seen = random.Random(0), []
+    for _ in range(10):
+        shutil.rmtree(target, ignore_errors=True)
+        save_pruned(old, target, verify=False)
+        if not (child := os.fork()):
+            torch.set_num_threads(1)
+            save_pruned(new, target, overwrite=True, verify=False)
+            os._exit(0)
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept = target if target.exists() else tmp_path / f".saved.old-{child}"
+        seen.append(digest_of(load_pruned(kept)))
+        for rest in tmp_path.glob(".saved.*"):
+            shutil.rmtree(rest)
+    assert set(seen) <= wanted

@@ -42,7 +42,7 @@ def test_f37_manifest_that_lists_code_is_refused(name, saved):
         {"_attn_implementation": "somebody/kernel"},
         {"num_labels": 10**9},
         {"to_dict": "x"},
-        {"per_layer_config": {}},
+        {"per_layer_config": {"0": {"auto_map": {}}}},
     ],
 )
 def test_f37_config_that_wants_code_or_changes_methods_is_refused(extra, saved):
@@ -67,6 +67,9 @@ def test_f37_generation_config_that_replaces_methods_is_refused(saved):
 
 
 def test_f37_no_file_of_the_directory_is_run(saved, monkeypatch):
+    assert (saved / "modeling_pruned_llama.py").exists()
+    (saved / "modeling_pruned_llama.py").write_text("raise SystemExit('run')")
+    forge(saved)
     (saved / "lit_prune.py").write_text("raise SystemExit('run')")
     (saved / "configuration.py").write_text("raise SystemExit('run')")
     monkeypatch.chdir(saved)
@@ -171,7 +174,8 @@ def test_f38_number_of_layers_is_bounded_by_the_weights(kind, layers, tmp_path):
             {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 1e9},
         ),
         ("model_type", "gpt2"),
-        ("model_type", "lit_prune_llama"),
+        ("model_type", "pruned_llama"),
+        ("model_type", "pruned_gpt2"),
         ("model_type", ["llama"]),
         ("id2label", 5),
     ],
@@ -187,35 +191,61 @@ def test_f38_config_that_contradicts_the_weights_is_refused(key, value, tmp_path
 @pytest.mark.parametrize(
     ("where", "value"),
     [
-        (("layers", 1, "attention", "kv_groups"), 10**9),
-        (("layers", 1, "attention", "kv_groups"), 10**40),
-        (("layers", 1, "attention", "kv_groups"), 0),
-        (("layers", 1, "attention", "head_dim"), 16),
-        (("layers", 1, "attention", "cache_slot"), 4),
-        (("layers", 1, "attention", "cache_slot"), 1),
-        (("layers", 1, "attention", "biases"), ["key", "query"]),
-        (("layers", 1, "attention", "biases"), ["__class__"]),
-        (("layers", 1, "attention", "biases"), [["query"]]),
-        (("layers", 1, "mlp", "channels"), True),
-        (("layers", 1, "mlp"), None),
-        (("layers", 0, "attention", "constant"), 1),
-        (("layers", 0, "attention", "constant"), False),
-        (("layers",), []),
-        (("hidden_size",), 64),
-        (("family",), "qwen3"),
-        (("schema_version",), 2),
-        (("schema_version",), True),
-        (("surprise",), 1),
+        (("1", "num_key_value_heads"), 10**9),
+        (("1", "num_key_value_heads"), 10**40),
+        (("1", "num_key_value_heads"), 0),
+        (("1", "num_attention_heads"), 3.0),
+        (("1", "num_attention_heads"), 4),
+        (("2", "num_attention_heads"), 3),
+        (("1", "biases"), ["k_proj", "q_proj"]),
+        (("1", "biases"), ["__class__"]),
+        (("1", "biases"), [["q_proj"]]),
+        (("1", "biases"), "o_proj"),
+        (("1", "intermediate_size"), True),
+        (("1",), None),
+        (("1",), {}),
+        (("1", "skip"), ["attention"]),
+        (("1", "constants"), ["mlp"]),
+        (("1", "_attn_implementation"), "somebody/kernel"),
+        (("1", "hidden_size"), 64),
+        (("0", "constants"), 1),
+        (("0", "constants"), []),
+        (("0", "skip"), []),
+        (("0", "skip"), ["attention", "mlp"]),
+        (("0", "skip"), ["everything"]),
+        ((), {}),
+        ((), []),
+        (("4",), {"skip": ["mlp"]}),
+        (("01",), {"skip": ["mlp"]}),
     ],
 )
-def test_f38_hostile_layout_is_refused(where, value, saved):
+def test_f38_hostile_layers_are_refused(where, value, saved):
     def change(config):
-        spot = config["lit_prune"]
-        for key in where[:-1]:
+        spot, steps = config, ["per_layer_config", *where]
+        for key in steps[:-1]:
             spot = spot[key]
-        spot[where[-1]] = value
+        spot[steps[-1]] = value
 
     alter(saved / "config.json", change)
+    forge(saved)
+    with pytest.raises(ArtifactError):
+        load_pruned(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 4},
+        {"intermediate_size": False},
+        {"biases": ["o_proj"]},
+        {"head_dim": 16},
+        {"model_type": "pruned_mistral"},
+        {"model_type": "llama"},
+        {"auto_map": {"AutoConfig": "evil.Config"}},
+    ],
+)
+def test_f38_what_stands_beside_the_layers_must_fit_them(change, saved):
+    alter(saved / "config.json", lambda config: config.update(change))
     forge(saved)
     with pytest.raises(ArtifactError):
         load_pruned(saved)

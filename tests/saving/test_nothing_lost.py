@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_prune.errors import ArtifactError, PlanMismatchError
+from lit_prune.errors import FormatError, PlanMismatchError
 from lit_prune.plan import PruningPlan
 from lit_prune.saving import load_pruned, save_pruned
 from tests.saving.cases import listing, pruned, report_for
@@ -42,6 +42,6 @@ def test_f40_arguments_override_what_travels_on_the_model(tmp_path):
 def test_f40_a_module_replaced_by_hand_is_not_saved_as_if_it_were_stock(tmp_path):
     model = pruned(kind="dense")
     model.model.layers[1].self_attn.scaling = 0.5
-    with pytest.raises(ArtifactError, match="scaling of layer 1"):
+    with pytest.raises(FormatError, match="scaling of layer 1"):
         save_pruned(model, tmp_path / "saved", verify=False)
     assert listing(tmp_path) == []

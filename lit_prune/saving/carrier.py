@@ -1,0 +1,223 @@
+"""Which stock class can hold a decoder, and the decoder in it.
+
+Granite is a Llama with four multipliers, biases on request and any number of heads: with all
+multipliers at one it computes what Llama, Mistral and Qwen2 compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lit_prune.decoder.layout import RemovedLayout
+from lit_prune.errors import FormatError
+from lit_prune.metrics import footprint_of
+from lit_prune.saving.body import widen
+from lit_prune.saving.difference import difference, other_trait
+from lit_prune.saving.prepared import Prepared, plain_config
+from lit_prune.saving.skeleton import as_read, build, stock_classes
+from lit_prune.saving.weights import dtypes_of, tensors_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.saving.body import Body, Widths
+
+_QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+_ATTENTION = _QKV | {"o_proj"}
+_MLP = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """What a stock class can express.
+
+    Attributes:
+        flags: Config fields, and the projections that each gives a bias (all or none of them).
+        always: Projections that always have one.
+        divisor: Whether the number of heads must divide the hidden size.
+        head_norms: Whether it has norms over queries and keys.
+    """
+
+    flags: dict[str, frozenset[str]] = field(default_factory=dict)
+    always: frozenset[str] = frozenset()
+    divisor: bool = False
+    head_norms: bool = False
+
+
+_BOTH = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
+TARGETS = {
+    "llama": Target(flags=_BOTH, divisor=True),
+    "mistral": Target(),
+    "qwen2": Target(always=_QKV),
+    "qwen3": Target(flags={"attention_bias": _ATTENTION}, head_norms=True),
+    "granite": Target(flags=_BOTH),
+}
+CARRIER = "granite"
+
+
+def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> Prepared:
+    """Prepare a decoder of one width in its own stock class, or else in the carrier.
+
+    Args:
+        model: Where ``body`` comes from.
+        body: The decoder.
+        widths: Of all layers.
+        name: Format, for messages.
+
+    Raises:
+        FormatError: If neither class can hold it; says what blocks each.
+    """
+    needed = _needed(body)
+    own = body.family.model_type
+    refusals = []
+    for target in dict.fromkeys((own, CARRIER)):
+        reason = _blocked(model, body, widths, target, needed)
+        if reason is None:
+            return _in(model, body, widths, target, needed, name)
+        refusals.append(reason)
+    raise FormatError(name, "; ".join(refusals), instead="heterogeneous")
+
+
+def _needed(body: Body) -> dict[str, int]:
+    """Return the projections that need a bias, each with the first layer that needs it."""
+    found: dict[str, int] = {}
+    for index, layer in body.layers.items():
+        for part, output in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
+            if isinstance(part, RemovedLayout):
+                names: tuple[str, ...] = (output,) if part.constant else ()
+            else:
+                names = part.biases
+            for name in names:
+                found.setdefault(name, index)
+    return found
+
+
+def _blocked(
+    model: PreTrainedModel, body: Body, widths: Widths, target: str, needed: dict[str, int]
+) -> str | None:
+    """Say why a stock class cannot hold this decoder, or return None."""
+    can, class_name = TARGETS[target], stock_classes(target)[1].__name__
+    if len(dtypes := dtypes_of(model)) > 1:
+        words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"its parameters are {words}, transformers loads one dtype"
+    possible = can.always.union(*can.flags.values())
+    if missing := sorted(needed.keys() - possible):
+        return (
+            f"{class_name} has no bias on {', '.join(missing)} (layer {needed[missing[0]]} needs "
+            "one)"
+        )
+    heads = widths.kv_groups * widths.queries_per_group
+    if can.divisor and body.hidden_size % heads:
+        return (
+            f"it has {heads} heads in each layer, {class_name} needs a divisor of hidden_size "
+            f"{body.hidden_size}"
+        )
+    if target == body.family.model_type:
+        return None
+    if TARGETS[body.family.model_type].head_norms:
+        return f"{class_name} has no norms over queries and keys"
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    slides = types is None or "sliding_attention" in types
+    if window is not None and slides and window < config.max_position_embeddings:
+        return f"{class_name} has no sliding window, this model looks back {window} tokens"
+    return None
+
+
+def _in(
+    model: PreTrainedModel,
+    body: Body,
+    widths: Widths,
+    target: str,
+    needed: dict[str, int],
+    name: str,
+) -> Prepared:
+    """Write the decoder in the terms of one stock class."""
+    can, (config_class, model_class) = TARGETS[target], stock_classes(target)
+    flags = {flag: bool(group & needed.keys()) for flag, group in can.flags.items()}
+    biased = can.always.union(*(can.flags[flag] for flag, on in flags.items() if on))
+    raw = plain_config(model)
+    types = raw.get("layer_types")
+    relabelled = target != body.family.model_type
+    if relabelled:
+        raw = {k: v for k, v in raw.items() if k in config_class.__dataclass_fields__} | {
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "attention_multiplier": body.head_dim**-0.5,
+            "dtype": raw["dtype"],
+        }
+    elif types is not None:
+        raw["layer_types"] = [types[index] for index in body.layers]
+    raw |= flags | {
+        "model_type": target,
+        "architectures": [model_class.__name__],
+        "num_hidden_layers": len(body.layers),
+        "head_dim": body.head_dim,
+        "num_key_value_heads": widths.kv_groups,
+        "num_attention_heads": widths.kv_groups * widths.queries_per_group,
+        "intermediate_size": widths.channels,
+    }
+    config = as_read(raw)
+    skeleton = build(config)
+    if difference(skeleton, model) is None:
+        tensors, ties = tensors_of(model)
+        return _prepared(name, config, tensors, ties, skeleton, verbatim=True)
+    numbers = {index: position for position, index in enumerate(body.layers)}
+    layers = f"{body.family.layers}."
+    tensors = {n: t for n, t in body.tensors.items() if not n.startswith(layers)}
+    for index, position in numbers.items():
+        wide = widen(body, index, widths, biased)
+        tensors |= {f"{layers}{position}.{path}": tensor for path, tensor in wide.items()}
+    wanted = {n: tuple(t.shape) for n, t in tensors_of(skeleton)[0].items()}
+    got = {n: tuple(t.shape) for n, t in tensors.items()}
+    found = other_trait(skeleton, model, {p: i for i, p in numbers.items()})
+    if wanted != got or found is not None:
+        found = found or f"{sorted(set(wanted.items()) ^ set(got.items()))[:2]}"
+        raise FormatError(
+            name,
+            f"rebuilt from its own config it differs in {found}. Was a module replaced by hand?",
+            instead=None,
+        )
+    notes = [*body.notes, *_taxes(model, skeleton)]
+    if relabelled:
+        notes.insert(
+            0,
+            f"Re-labelled from {body.family.model_type} to {target}, whose classes can hold it; it "
+            "computes the same.",
+        )
+    return _prepared(name, config, tensors, body.ties, skeleton, notes=tuple(notes))
+
+
+def _prepared(
+    name: str,
+    config: dict[str, Any],
+    tensors: dict[str, Any],
+    ties: dict[str, str],
+    skeleton: PreTrainedModel,
+    *,
+    verbatim: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Prepared:
+    return Prepared(
+        format=name,
+        config=config,
+        tensors=tensors,
+        ties=ties,
+        skeleton=skeleton,
+        verbatim=verbatim,
+        notes=notes,
+    )
+
+
+def _taxes(model: PreTrainedModel, skeleton: PreTrainedModel) -> list[str]:
+    """Say what zeros cost, in parameters and FLOPs."""
+    before, after = footprint_of(model, context_length=1), footprint_of(skeleton, context_length=1)
+    words = []
+    for what, key in (("parameters", "total_parameters"), ("FLOPs per token", "flops_per_token")):
+        old, new = getattr(before, key), getattr(after, key)
+        if new != old:
+            words.append(f"{what} {old:,} → {new:,} ({new / old - 1:+.2%})")
+    return [f"Padding with zeros costs: {', '.join(words)}."] if words else []

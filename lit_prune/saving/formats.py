@@ -1,0 +1,64 @@
+"""The formats that `save_pruned` can write, and which one it takes.
+
+A new format is one file with a function ``model -> Prepared`` and one line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lit_prune.errors import ConfigError, FormatError, did_you_mean
+from lit_prune.saving.heterogeneous import heterogeneous
+from lit_prune.saving.padded import padded
+from lit_prune.saving.prepared import Prepared
+from lit_prune.saving.stock import stock
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMATS: dict[str, Callable[[Any], Prepared]] = {
+    "stock": stock,
+    "heterogeneous": heterogeneous,
+    "padded": padded,
+}
+# What ``auto`` tries, in order: these lose nothing and add (next to) nothing.
+LOSSLESS = ("stock", "heterogeneous")
+
+
+def prepare(model: PreTrainedModel, name: str) -> tuple[Prepared, str]:
+    """Return what is to be written, and why in this format, in words.
+
+    Args:
+        model: A causal language model of a supported family.
+        name: A key of `FORMATS`, or ``auto``.
+
+    Raises:
+        ConfigError: If there is no such format.
+        FormatError: If the format cannot hold the model; names what blocks it and the format that
+            can.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        ...                      num_attention_heads=1, vocab_size=8)
+        >>> prepare(LlamaForCausalLM(config), "auto")[1]
+        'auto took stock: LlamaForCausalLM of plain transformers holds it'
+    """
+    if name != "auto":
+        if name not in FORMATS:
+            known = ["auto", *FORMATS]
+            raise ConfigError(
+                f"format must be one of {known}, got {name!r}{did_you_mean(str(name), known)}."
+            )
+        return FORMATS[name](model), f"{name} was asked for"
+    refusals: list[str] = []
+    for candidate in LOSSLESS:
+        try:
+            prepared = FORMATS[candidate](model)
+        except FormatError as error:
+            refusals.append(error.reason)
+            continue
+        because = "; ".join(refusals) or f"{prepared.class_name} of plain transformers holds it"
+        return prepared, f"auto took {candidate}: {because}"
+    raise FormatError("auto", "; ".join(refusals), instead=None)

@@ -1,0 +1,88 @@
+"""Model files that travel with a saved directory: self-contained, they never import lit_prune.
+
+``modeling_pruned_llama.py`` is the master; the others are the same text under other names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from lit_prune.decoder import FAMILIES
+from lit_prune.decoder.families import PRUNED
+
+MODEL_FILES = frozenset(f"modeling_{PRUNED}{family}.py" for family in FAMILIES)
+
+
+def model_file(family: str) -> Path:
+    """Return the file that describes pruned models of a family."""
+    return Path(__file__).with_name(f"modeling_{PRUNED}{family}.py")
+
+
+def class_names(family: str) -> tuple[str, str]:
+    """Return the names of config and model class in `model_file`.
+
+    Example:
+        >>> class_names("llama")
+        ('PrunedLlamaConfig', 'PrunedLlamaForCausalLM')
+    """
+    stem = f"Pruned{family.capitalize()}"
+    return f"{stem}Config", f"{stem}ForCausalLM"
+
+
+def auto_map(family: str) -> dict[str, str]:
+    """Return the entry of ``config.json`` that leads transformers to the file beside it."""
+    names = zip(("AutoConfig", "AutoModelForCausalLM"), class_names(family), strict=True)
+    return {auto: f"{model_file(family).stem}.{name}" for auto, name in names}
+
+
+def pruned_classes(family: str) -> tuple[Any, Any]:
+    """Return config and model class of pruned models of a family; imports them when first asked.
+
+    transformers knows them afterwards.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    module = importlib.import_module(f"{__name__}.{model_file(family).stem}")
+    config_class, model_class = (getattr(module, name) for name in class_names(family))
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+def register() -> None:
+    """Make the model types of pruned models known to transformers.
+
+    The classes themselves are imported when a config first asks for one: they need the modeling
+    code of transformers, seconds that a user of plans alone should not wait for.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    for family in FAMILIES:
+        name = f"{PRUNED}{family}"
+        stand_in = type(
+            class_names(family)[0],
+            (_StandIn, PreTrainedConfig),
+            {"model_type": name, "family": family, "__module__": __name__},
+        )
+        AutoConfig.register(name, stand_in, exist_ok=True)
+
+
+class _StandIn:
+    """A config class that becomes the real one when it is first used."""
+
+    family: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - upstream's
+        return pruned_classes(cls.family)[0](*args, **kwargs)
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - upstream's
+        """Read a config."""
+        return pruned_classes(cls.family)[0].from_dict(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - upstream's
+        """Read a config from a directory."""
+        return pruned_classes(cls.family)[0].from_pretrained(*args, **kwargs)

@@ -1,0 +1,30 @@
+"""Format ``padded``: any plan in a stock class, the missing units put back as zeros.
+
+It loads everywhere and computes the same; it saves none of the memory and time that pruning won in
+the layers that are narrower than the widest. What that costs is stated.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lit_prune.saving.body import Widths, body_of
+from lit_prune.saving.carrier import carry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lit_prune.saving.prepared import Prepared
+
+
+def padded(model: PreTrainedModel) -> Prepared:
+    """Prepare a model in the widths of its widest layer.
+
+    A query or key head of zeros attends evenly to values of zeros, and meets columns of zeros in
+    the output projection; a missing sub-block is one of zeros, with its constant as the bias.
+
+    Raises:
+        FormatError: If no class of transformers holds the biases.
+    """
+    body = body_of(model)
+    return carry(model, body, Widths.of(body), "padded")
