@@ -124,6 +124,9 @@ class PruningConfig:
         max_calibration_tokens: Stop observing after this many real tokens (128 samples of 2048 in
             the paper).
         min_calibration_tokens: Refuse to calibrate on fewer real tokens.
+        covariance_bytes: Bytes of covariances (float64) that one pass over the text may hold on the
+            device; a model that needs more is passed over several times. All of them end in the
+            memory of the CPU.
         replay_batch_tokens: Tokens of one replayed forward: lower it when memory is short.
         search_tokens: Tokens on which sensitivities are measured, and drafts of methods that search
             by real losses, at most.
@@ -173,6 +176,7 @@ class PruningConfig:
 
     max_calibration_tokens: int = 262_144
     min_calibration_tokens: int = 128
+    covariance_bytes: int = 8 * 2**30
     replay_batch_tokens: int = 8192
     search_tokens: int = 16_384
     latency_prompt_tokens: int = 128

@@ -19,6 +19,7 @@ from lit_prune.calibration import (
     measure_sensitivities,
     measure_taylor,
     replay,
+    replay_within,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError
@@ -102,26 +103,22 @@ def calibrate(
     if needs.latency:
         calibration = with_latency_table(model, calibration, config)
         make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
-    replayed = replay(
+    squares = needs.covariances or needs.curves
+    options: dict[str, Any] = {"max_tokens": config.replay_batch_tokens, "progress": progress}
+    if squares:
+        options["covariance_bytes"] = config.covariance_bytes
+    run = replay_within if squares else replay
+    replayed = run(
         model,
         rows,
         needed_bypasses(model, config),
         target=config.transfer_target,
         joint=config.estimator == "logdet",
-        covariances=needs.covariances or needs.curves,
-        max_tokens=config.replay_batch_tokens,
-        progress=progress,
+        **options,
     )
     calibration = calibration.with_replay(replayed)
-    if needs.covariances or needs.curves:
-        held_out = replay(
-            model,
-            rows,
-            covariances=True,
-            side="choose",
-            max_tokens=config.replay_batch_tokens,
-            progress=progress,
-        )
+    if squares:
+        held_out = run(model, rows, side="choose", **options)
         calibration = replace(calibration, held_out=_about(held_out, replayed))
     if needs.curves:
         calibration = replace(calibration, curves=damage_curves(model, calibration, config))

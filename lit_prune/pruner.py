@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
 # refused.
 _FEW_TOKENS = 8192
+# Below this many tokens for each channel the inverse of a covariance is mostly noise.
+_FEW_PER_CHANNEL = 5
 # Where a footprint shows the resource of a budget.
 _RECOUNTED = {
     "parameters": "decoder_parameters",
@@ -162,6 +164,12 @@ def make_report(
         few = [
             f"only {calibration.num_tokens} tokens to calibrate on: entropies are noisy below "
             f"{_FEW_TOKENS}"
+        ]
+    per_channel = calibration.tokens_per_channel
+    if per_channel is not None and per_channel < _FEW_PER_CHANNEL:
+        few += [
+            f"only {per_channel:g} tokens for each channel of the widest projection: covariances "
+            f"are noisy below {_FEW_PER_CHANNEL}, so more damping is chosen. Calibrate on more text"
         ]
     fallback = [
         "the search stopped at its node limit: the selection is the best found, its cost proven "

@@ -24,7 +24,7 @@ from benchmark import alternate, peak_bytes, quiet_down, random_rows, surroundin
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lit_prune import apply_plan
-from lit_prune.calibration import Row, RowSet, replay
+from lit_prune.calibration import Row, RowSet, replay, replay_within
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import KINDS, DecoderParts, quiet
 from lit_prune.planning import calibrate, make_plan
@@ -78,7 +78,9 @@ def measure(hidden: int, layers: int, rows: int, length: int, n: int) -> dict[st
         n,
         lambda: prune_once(model, text),
         forward,
-        lambda: replay(model, text, covariances=True, max_tokens=BATCH_TOKENS),
+        lambda: replay_within(
+            model, text, covariance_bytes=CONFIG.covariance_bytes, max_tokens=BATCH_TOKENS
+        ),
         lambda: replay(model, text, max_tokens=BATCH_TOKENS),
         products,
     )

@@ -8,7 +8,7 @@ from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
-from lit_prune.calibration.replay import Replayed, replay
+from lit_prune.calibration.replay import Replayed, covariance_groups, replay, replay_within
 from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
@@ -34,11 +34,13 @@ __all__ = [
     "Unit",
     "bypass_units",
     "collect_rows",
+    "covariance_groups",
     "first_tokens",
     "measure_residuals",
     "measure_sensitivities",
     "measure_taylor",
     "real_tokens",
     "replay",
+    "replay_within",
     "two_streams",
 ]

@@ -92,6 +92,12 @@ class Calibration:
         return self.rows.num_tokens("calibrate")
 
     @property
+    def tokens_per_channel(self) -> float | None:
+        """Real tokens for each channel of the widest covariance; None without covariances."""
+        widest = max(map(len, (self.covariances or {}).values()), default=0)
+        return round(self.num_tokens / widest, 2) if widest else None
+
+    @property
     def data_digest(self) -> str:
         """Sha256 over the digests of the samples: which text it was, in no order."""
         return hashlib.sha256(
@@ -133,6 +139,7 @@ class Calibration:
                 side: self.rows.num_tokens(side) for side in ("calibrate", "choose", "score")
             },
             "longest_sample": max(lengths, default=0),
+            "tokens_per_channel": self.tokens_per_channel,
             "data_digest": self.data_digest,
             "split": self.rows.describe_split(),
             "statistics_from": self.source,

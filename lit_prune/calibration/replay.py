@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,12 +19,14 @@ from lit_prune.decoder import KINDS, DecoderParts, quiet
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from transformers import PreTrainedModel
 
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
+
+logger = logging.getLogger(__name__)
 
 TransferTarget = Literal["after_norm", "before_norm"]
 
@@ -59,7 +62,7 @@ def replay(
     *,
     target: TransferTarget = "after_norm",
     joint: bool = False,
-    covariances: bool = False,
+    covariances: Collection[Probed] = (),
     side: Side = "calibrate",
     max_tokens: int = 8192,
     progress: bool = False,
@@ -77,8 +80,8 @@ def replay(
             before it.
         joint: Keep covariances of the final hidden state instead of variances (``8 * hidden_size **
             2`` bytes for each bypass).
-        covariances: Keep the covariance of every output projection's input (``8 * width ** 2``
-            bytes each).
+        covariances: Sub-blocks of which the covariance of the output projection's input is kept
+            too (``8 * width ** 2`` bytes each).
         side: Which text.
         max_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
@@ -110,7 +113,7 @@ def replay(
             mask = batch.attention_mask.to(device)
             try:
                 place = f"replayed batch {number}"
-                with _UnitProbes(parts, mask, place, covariances=covariances) as probes:
+                with _UnitProbes(parts, mask, place, covariances) as probes:
                     run = RecordedRun(parts, batch.model_inputs(device))
                 bar.update()
                 # merged below, after the whole batch, so that a failure adds none of it
@@ -154,10 +157,65 @@ def replay(
     )
 
 
+def replay_within(
+    model: PreTrainedModel,
+    rows: RowSet,
+    bypass: Sequence[Unit] = (),
+    *,
+    covariance_bytes: int,
+    **options: Any,
+) -> Replayed:
+    """Do what `replay` does, with the covariances of all sub-blocks, in as many passes as needed.
+
+    The covariances of a pass lie on the device; those that are done lie on the CPU. What they take
+    is said before it is taken.
+
+    Args:
+        model: The language model.
+        rows: The calibration text.
+        bypass: Units to bypass, in the first pass.
+        covariance_bytes: Bytes of covariances that a pass may accumulate; one sub-block always is.
+        **options: As for `replay`.
+    """
+    groups = covariance_groups(DecoderParts(model), covariance_bytes)
+    whole = sum(size for group in groups for size in group.values())
+    logger.info(
+        "covariances of %d sub-blocks take %.2f GB of memory, measured in %d pass(es)",
+        sum(map(len, groups)), whole / 1e9, len(groups),
+    )  # fmt: skip
+    first, *others = groups
+    found = replay(model, rows, bypass, covariances=first, **options)
+    for group in others:
+        more = replay(model, rows, covariances=group, **options)
+        found.covariances.update(more.covariances)
+    return found
+
+
+def covariance_groups(parts: DecoderParts, covariance_bytes: int) -> list[dict[Probed, int]]:
+    """Split the sub-blocks, in their order, into groups whose covariances fit into so many bytes.
+
+    Returns:
+        Bytes by ``(layer, kind)``, for each group; at least one group, no group of several that is
+        too large.
+    """
+    groups: list[dict[Probed, int]] = [{}]
+    for layer in range(len(parts.layers)):
+        for kind in KINDS:
+            if not parts.exists(layer, kind):
+                continue
+            size = 8 * parts.output(layer, kind).in_features ** 2
+            if groups[-1] and sum(groups[-1].values()) + size > covariance_bytes:
+                groups.append({})
+            groups[-1][layer, kind] = size
+    return groups
+
+
 class _UnitProbes:
     """Moments of the inputs of every output projection, for the one forward inside the ``with``."""
 
-    def __init__(self, parts: DecoderParts, mask: Tensor, place: str, *, covariances: bool) -> None:
+    def __init__(
+        self, parts: DecoderParts, mask: Tensor, place: str, covariances: Collection[Probed]
+    ) -> None:
         self.measured: dict[Probed, tuple[int, Tensor, Tensor]] = {}
         self.joints: dict[Probed, tuple[Tensor, Tensor, Tensor]] = {}
         self._parts, self._mask, self._place = parts, mask, place
@@ -185,7 +243,7 @@ class _UnitProbes:
             name = self._parts.output_name(*probed)
             raise CalibrationError(describe_non_finite(x, name, self._place, self._parts.model))
         self.measured[probed] = part
-        if self._covariances:
+        if probed in self._covariances:
             self.joints[probed] = ChannelCovariance(x.shape[-1]).measure(x[self._mask])
 
 

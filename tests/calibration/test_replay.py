@@ -2,14 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from lit_prune.calibration import ChannelMoments, Row, RowSet, Unit, bypass_units, replay
+from lit_prune.calibration import (
+    ChannelMoments,
+    Row,
+    RowSet,
+    Unit,
+    bypass_units,
+    covariance_groups,
+    replay,
+    replay_within,
+)
 from lit_prune.decoder import DecoderParts
 from lit_prune.errors import CalibrationError
 from lit_prune.importance import state_entropy, transfer_entropy
 from tests.models import CONFIGS, tiny_model, tiny_rows
+from tests.naive import captured
 from tests.state import unchanged
 
 
@@ -253,3 +264,33 @@ def test_f17_out_of_memory_says_what_to_lower(monkeypatch):
     with unchanged(model), pytest.raises(CalibrationError, match=message) as caught:
         replay(model, rows, max_tokens=77)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize("covariance_bytes", [1, 8 * 48**2, 8 * (48**2 + 32**2), 2**40])
+def test_covariances_in_several_passes_are_those_of_one(covariance_bytes, caplog):
+    model, rows = tiny_model(layers=3), RowSet.of(map(Row.of, tiny_rows(24, uneven=True)))
+    parts = DecoderParts(model)
+    groups = covariance_groups(parts, covariance_bytes)
+    places = [(layer, kind) for layer in range(3) for kind in ("attention", "mlp")]
+    assert [place for group in groups for place in group] == places
+    assert all(len(g) == 1 or sum(g.values()) <= covariance_bytes for g in groups)
+    assert len(groups) == {1: 6, 8 * 48**2: 6, 8 * (48**2 + 32**2): 3, 2**40: 1}[covariance_bytes]
+    units = bypass_units(parts)[:2]
+    with caplog.at_level("INFO", logger="lit_prune"), unchanged(model):
+        found = replay_within(model, rows, units, covariance_bytes=covariance_bytes)
+    assert f"in {len(groups)} pass(es)" in caplog.text
+    whole = replay(model, rows, units, covariances=places)
+    assert list(found.covariances) == list(whole.covariances) == places
+    for place, covariance in whole.covariances.items():
+        assert torch.equal(found.covariances[place], covariance)
+    for unit in units:
+        assert torch.equal(found.bypassed[unit], whole.bypassed[unit])
+
+
+def test_a_covariance_against_numpy():
+    model, rows = tiny_model(layers=2), RowSet.of(map(Row.of, tiny_rows(24, uneven=True)))
+    found = replay_within(model, rows, covariance_bytes=2**30)
+    seen = captured(model, rows)["writes"]
+    for place, covariance in found.covariances.items():
+        wanted = np.cov(seen[place].numpy().T, bias=True)
+        np.testing.assert_allclose(covariance.numpy(), wanted, rtol=1e-4, atol=1e-6)
