@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 _SCHEMA = 1
 # Statistics that are one tensor for each sub-block.
 _BY_PLACE = ("covariances", "held_out", "curves", "sensitivities", "taylor", "inputs", "latency")
+# What a latency table says it was measured under.
+_CONDITIONS = {
+    "device",
+    "dtype",
+    "batch_size",
+    "prompt_tokens",
+    "new_tokens",
+    "warmup",
+    "repetitions",
+}
 # What reading a file that is something else may raise.
 _UNREADABLE = (
     AttributeError,
@@ -235,6 +245,9 @@ class Calibration:
         texts = (header["model_fingerprint"], header["source"], header["target"], *header["notes"])
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text in its header is none")
+        conditions = dict(header.get("latency_conditions", {}))
+        if "latency" in by_place and not conditions.keys() >= _CONDITIONS:
+            raise KeyError("latency_conditions")
         return cls(
             model_fingerprint=header["model_fingerprint"],
             rows=RowSet.of(Row.of(*row) for row in zip(ids, scored, strict=True)),
@@ -244,7 +257,7 @@ class Calibration:
             changes=dict(sorted(changes.items())) or None,
             similarities=tensors.get("similarities"),
             **{group: dict(sorted(found.items())) for group, found in by_place.items()},
-            latency_conditions=dict(header.get("latency_conditions", {})),
+            latency_conditions=conditions,
             target=header["target"],
             source=header["source"],
             notes=tuple(header["notes"]),

@@ -90,6 +90,8 @@ def damage(path, *, header=None, drop=None, add=None, raw=None):
         ({"add": {"rows.lengths": torch.tensor([5])}}, "is not a calibration"),
         ({"add": {"rows.lengths": torch.tensor([-5, 5])}}, "is not a calibration"),
         ({"add": {"state.x.block": torch.ones(2)}}, "is not a calibration"),
+        ({"header": {"latency_conditions": 7}}, "is not a calibration"),
+        ({"add": {"latency.0.mlp": torch.ones(1, 2)}}, "is not a calibration"),
     ],
 )
 def test_f38_a_damaged_file_is_refused(tmp_path, change, message):

@@ -32,7 +32,15 @@ def test_two_needs_add_up_without_repeats():
     [{"bypasses": ("mlp",)}]
     + [
         {n: True}
-        for n in ("changes", "covariances", "curves", "sensitivities", "taylor", "residuals")
+        for n in (
+            "changes",
+            "covariances",
+            "curves",
+            "sensitivities",
+            "taylor",
+            "residuals",
+            "latency",
+        )
     ],
 )
 def test_any_need_is_a_need(some):
