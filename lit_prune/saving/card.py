@@ -87,11 +87,7 @@ def _origin(
         return f"{kind}. It carries no pruning plan."
     lines = [f"{kind}, structurally pruned by lit_prune (plan `{plan.digest[:12]}`, `plan.json`)."]
     if report is not None:
-        lines.append(
-            f"Method `{_plain_text(report.preset)}`: asked for {report.requested_ratio:.2%} of "
-            f"the decoder-layer parameters, removed {report.achieved_ratio:.2%} "
-            f"({report.total_ratio:.2%} of all parameters)."
-        )
+        lines.append(f"Method `{_plain_text(report.preset)}`: removed {report.ratios()}.")
     return " ".join(lines)
 
 

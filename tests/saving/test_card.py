@@ -66,7 +66,7 @@ def test_the_card_says_what_was_done(tmp_path):
     text = (save_pruned(model, tmp_path / "saved", verify=False) / "README.md").read_text()
     for words in (
         "base_model: somebody/base-model",
-        "asked for 50.00%",
+        "of the decoder parameters (asked 50.00%)",
         "removed 49.90%",
         model.pruning_record.plan.digest[:12],
         "| Parameters | 200 | 100 | 0.500 | half |",
