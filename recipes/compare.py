@@ -93,7 +93,7 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
     parser.add_argument("--limit", type=int, help="questions of each task, for trying out")
     parser.add_argument("--rows", type=int, default=128, help="windows of calibration text")
     parser.add_argument("--context", type=int, help="tokens; 512, with --data 2048")
-    parser.add_argument("--score-tokens", type=int, default=60_000, help="at most")
+    parser.add_argument("--score-tokens", type=int, help="at most; 60,000, with --data no limit")
     parser.add_argument("--other-tokens", type=int, default=20_000, help="at most; 0: no other")
     parser.add_argument(
         "--search-tokens", type=int, default=8192, help="to judge drafts and measure sensitivities"
@@ -105,6 +105,7 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / out)
     options = parser.parse_args()
     options.context = options.context or (2048 if options.data else 512)
+    options.score_tokens = options.score_tokens or (10**12 if options.data else 60_000)
     options.tasks = TASKS if options.tasks == [] else options.tasks
     return options
 

@@ -6,7 +6,7 @@ place (``--data-files train=... test=...``).
 
 - ``wikitext2``: train and test split, lines joined by a blank line.
 - ``c4``: the first shard of ``en``; of the validation shard, the first 1,100 documents joined by a
-  space, of which 256 windows are scored (``--score-tokens``).
+  space, of which 256 windows are scored.
 - ``ptb``: train and test split, sentences joined by a space.
 
 Calibrated on random windows of the joined train text, scored on all windows of the joined test
@@ -39,7 +39,7 @@ class Source:
     column: str = "text"
     joint: str = "\n\n"
     first: int | None = None
-    windows: int | None = None
+    windows: int = 10**9
     common: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -102,7 +102,7 @@ def _joined(
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"])
 
 
-def whole_windows(tokens: torch.Tensor, context: int, most: int | None) -> list[torch.Tensor]:
+def whole_windows(tokens: torch.Tensor, context: int, most: int) -> list[torch.Tensor]:
     """Cut one text into windows, the first ``most`` of them.
 
     Raises:

@@ -6,6 +6,7 @@ task of local files: ``--tasks my_task --task-folder folder-with-its-yaml``.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def accuracies(
         raise SystemExit(
             f'--tasks needs lm-eval ({error}): pip install "lit-prune[eval]"'
         ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of models in memory
     found = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(tasks),

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,13 +20,19 @@ needs_lm_eval = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """`datasets` writes what it reads: here, in this process and in those that it starts."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def tokenizer(tiny_checkpoint):
     return AutoTokenizer.from_pretrained(tiny_checkpoint)
 
 
-def test_lines_are_joined_as_published(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def test_lines_are_joined_as_published(tokenizer, tmp_path):
     lines = [" = A title = ", "", "Some words of the text .", "More of them ."]
     file = tmp_path / "wiki.txt"
     file.write_text("\n".join(lines) + "\n")
@@ -45,10 +52,10 @@ def test_c4_takes_its_first_documents(tokenizer, tmp_path):
 
 def test_windows():
     tokens = torch.arange(25)
-    assert [w.tolist()[0] for w in published.whole_windows(tokens, 8, None)] == [0, 8, 16]
+    assert [w.tolist()[0] for w in published.whole_windows(tokens, 8, 9)] == [0, 8, 16]
     assert len(published.whole_windows(tokens, 8, 2)) == 2
     with pytest.raises(SystemExit, match="do not fill two windows of 16"):
-        published.whole_windows(tokens, 16, None)
+        published.whole_windows(tokens, 16, 9)
     drawn = published.random_windows(tokens, 8, 100, seed=0)
     assert drawn.shape == (100, 8)
     assert (drawn.diff(dim=1) == 1).all()
