@@ -161,6 +161,8 @@ def stage(
                 part.unit_width,
                 weights.get(place),
             )
+        elif place in weights:
+            edits.parameter(parts.output(*place), "weight", weights[place])
         if place in biases:
             linear = parts.output(*place)
             bias = biases[place] + (0 if linear.bias is None else linear.bias.double().cpu())
