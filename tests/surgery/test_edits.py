@@ -83,3 +83,26 @@ def test_removing_a_module_and_bringing_it_back():
     edits.rollback()
     assert holder["a"] is old
     assert list(holder) == ["a"]
+
+
+def test_followers_are_called_after_every_change_and_after_its_return():
+    linear, edits, seen = nn.Linear(4, 2), StagedEdits(), []
+    edits.parameter(linear, "weight", linear.weight[:, :3])
+    edits.follow(lambda: seen.append(linear.weight.shape[1]))
+    edits.commit()
+    edits.rollback()
+    assert seen == [3, 4]
+
+
+def test_a_follower_that_fails_takes_the_commit_back():
+    linear, edits = nn.Linear(4, 2), StagedEdits()
+
+    def follower():
+        if linear.weight.shape[1] == 3:
+            raise RuntimeError("no")
+
+    edits.parameter(linear, "weight", linear.weight[:, :3])
+    edits.follow(follower)
+    with pytest.raises(RuntimeError, match="no"):
+        edits.commit()
+    assert linear.weight.shape[1] == 4
