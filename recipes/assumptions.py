@@ -275,8 +275,9 @@ def calibration_text(
     model: PreTrainedModel, sources: dict[str, Texts], size: Size, found: Answers
 ) -> None:
     """Store perplexity on held-out text by method, source, number of rows and seed."""
-    for seed, number, (source, texts), method in product(
-        size.seeds, size.counts, sources.items(), METHODS
+    # the cheap ones first: what an interrupted run has is whole for some counts
+    for number, seed, (source, texts), method in product(
+        size.counts, size.seeds, sources.items(), METHODS
     ):
         name = f"{method}|{source}|{number}|{seed}"
         rows = texts.rows(seed, number)
