@@ -21,7 +21,7 @@ or a threshold at the mean; entropy or the magnitude of activations or gradients
 or the Frobenius norm of the change; all structures or rows and columns only; ratios by transfer
 entropy or the same for all; with a bias or without. How each was done exactly is not published.
 
-``--factorial`` crosses score, compensation, allocation and sensitivity of ``conditional`` (60
+``--factorial`` crosses score, compensation, allocation and sensitivity of ``conditional`` (80
 methods) and shows, for each level of each part, the mean over everything else.
 """
 
@@ -43,7 +43,8 @@ CONDITIONAL = [
     *(f"conditional:sensitivity={name}" for name in ("nll", "frobenius", "transfer_entropy")),
     "conditional:sensitivity=none",
     *(f"conditional:unit_score={name}" for name in ("entropy", "fluctuation", "random")),
-    *(f"conditional:compensation={name}" for name in ("mean", "none")),
+    *(f"conditional:compensation={name}" for name in ("least_squares", "mean", "none")),
+    "conditional:verify_rounds=3",
     "conditional:unit_score=entropy,compensation=mean",
     "conditional:unit_score=random,compensation=mean",
     "conditional:sensitivity=none,compensation=mean",
@@ -53,6 +54,9 @@ CONDITIONAL = [
     f"conditional:{CHANNELS_ALIKE}",
     MLP_UNIFORM,
     f"{MLP_UNIFORM},compensation=least_squares",
+    # the same fit behind other choices of units: what is left is what choosing them brings
+    f"{MLP_UNIFORM},compensation=sequential",
+    *(f"{name}:compensation=sequential" for name in ("random", "flap", "osscar", "slimgpt")),
 ]
 PAPER = [
     "paper",
@@ -75,7 +79,9 @@ FACTORS: dict[str, dict[str, str]] = {
     "score": {
         name: f"unit_score={name}" for name in ("conditional", "entropy", "fluctuation", "random")
     },
-    "compensation": {name: f"compensation={name}" for name in ("least_squares", "mean", "none")},
+    "compensation": {
+        name: f"compensation={name}" for name in ("sequential", "least_squares", "mean", "none")
+    },
     "allocation": {
         "joint": "allocator=joint",
         "uniform widths": "allocator=uniform_widths",
