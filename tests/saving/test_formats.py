@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM
 from lit_prune.decoder import spec_for
 from lit_prune.errors import ConfigError, FormatError
 from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.pruner import prune
 from lit_prune.saving import load_pruned, save_pruned
 from lit_prune.saving.formats import FORMATS
 from lit_prune.surgery import apply_plan
-from tests.models import padded_batch, tiny_model, tiny_rows
+from tests.models import batches_of, padded_batch, tiny_model, tiny_rows
 from tests.saving.cases import ALL, FAMILIES, KINDS, listing, logits, model_types, pruned
 
 STOCK_LIKE = ("stock", "padded")
@@ -195,6 +196,19 @@ def test_a_loaded_carrier_is_pruned_and_saved_again(tmp_path):
     path = save_pruned(loaded, tmp_path / "b", verify=False)
     assert config_of(path)["model_type"] == "pruned_granite"
     assert torch.equal(logits(load_pruned(path)), logits(loaded))
+
+
+def test_a_loaded_carrier_is_pruned_by_the_default_preset(tmp_path):
+    path = save_pruned(pruned("mistral", "uniform_mean"), tmp_path / "a", verify=False)
+    model = load_pruned(path)
+    assert type(model).__name__ == "GraniteForCausalLM"
+    before = spec_for(model).decoder_parameters
+    result = prune(model, batches_of(tiny_rows(24, 24)), pruning_ratio=0.3)
+    removed = 1 - spec_for(model).decoder_parameters / before
+    assert abs(removed - 0.3) < 0.006
+    assert result.report.achieved_ratio == pytest.approx(removed)
+    again = load_pruned(save_pruned(model, tmp_path / "b", verify=False))
+    close(logits(again), logits(model))
 
 
 def test_granite_with_its_own_multipliers_keeps_them(tmp_path):
