@@ -321,8 +321,9 @@ def figure(found: Found, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     dense = mean_nll(found.dense)
+    ends = []
     for number, method in enumerate(m for m in found.asked["methods"] if m not in MASKED):
         points = [
             (cell["achieved"], mean_nll(cell) - dense)
@@ -330,12 +331,25 @@ def figure(found: Found, path: Path) -> None:
             for cell in found.column(method, ratio)
         ]
         if points:
-            style = "-" if number < 10 else "--" if number < 20 else ":"
+            # the first method stands out; colours alone would not tell twenty others apart
+            width = 3 if number == 0 else 1.2
+            style = ("-", "--", ":", "-.")[number // 6 % 4]
             xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, style, marker="o", markersize=3, label=method)
+            (line,) = axes.plot(
+                xs, ys, style, color=f"C{number % 6}", lw=width, marker="o", markersize=width + 1
+            )
+            ends.append((ys[-1], method, line))
+    ends.sort(key=lambda end: -end[0])  # the legend stands in the order of the lines' ends
+    axes.legend(
+        [line for *_, line in ends],
+        [method for _, method, _ in ends],
+        fontsize="x-small",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        handlelength=4,
+    )
     axes.set(xlabel="decoder parameters removed", ylabel="excess NLL (nats per token)")
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
