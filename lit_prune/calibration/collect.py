@@ -45,9 +45,8 @@ def collect_rows(
             )
         inputs = {key: batch[key] for key in batch.keys()}  # noqa: SIM118 - a BatchEncoding, say
         real = real_tokens(inputs, model.config, f"batch {number}")
-        if real.note:
-            notes[real.note] = None
-        for _, row in real.rows():
+        notes |= dict.fromkeys(real.notes)
+        for _, _, row in real.rows():
             if row.digest not in found:
                 if tokens >= max_tokens:
                     notes[CAPPED] = None

@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-# A note for the report.
+# Notes for the report.
 CAPPED = "the calibration text was cut at max_calibration_tokens: later samples were not used"
+PACKED = (
+    "packed rows were split where position_ids restart: each segment is a sample of its own, as it "
+    "is to the attention"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,36 +30,46 @@ class RealTokens:
 
     Attributes:
         ids: ``[batch, tokens]``, int64.
-        mask: True where a token is real, ``[batch, tokens]``, on the device of ``ids``.
+        segments: The sample of its row that a token belongs to, counted from 0, -1 where there is
+            padding; ``[batch, tokens]``, on the device of ``ids``. All 0 unless samples are packed.
         scored: True where the label is not -100, ``[batch, tokens]``; None without labels.
-        note: What the report should say about the mask, or an empty string.
+        notes: What the report should say about the batch.
     """
 
     ids: Tensor
-    mask: Tensor
+    segments: Tensor
     scored: Tensor | None
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
-    def rows(self) -> Iterator[tuple[int, Row]]:
-        """Yield every sample that has a real token, without padding, and its place in the batch."""
+    @property
+    def mask(self) -> Tensor:
+        """True where a token is real, ``[batch, tokens]``."""
+        return self.segments >= 0
+
+    def rows(self) -> Iterator[tuple[int, Tensor, Row]]:
+        """Yield every sample without padding, and where it was: row, and columns ``[tokens]``."""
         scored = self.mask if self.scored is None else self.scored
-        for i, keep in enumerate(self.mask):
-            if bool(keep.any()):
-                yield i, Row.of(self.ids[i][keep], scored[i][keep])
+        for i, segments in enumerate(self.segments):
+            for segment in range(int(segments.max()) + 1 if len(segments) else 0):
+                where = segments == segment
+                yield i, where, Row.of(self.ids[i][where], scored[i][where])
 
 
-def real_tokens(inputs: Mapping[str, Any], config: PreTrainedConfig, place: str) -> RealTokens:
+def real_tokens(
+    inputs: Mapping[str, Any], config: PreTrainedConfig, place: str, *, caches: bool = False
+) -> RealTokens:
     """Check the arguments of a language model's forward, and say which tokens are real.
 
     Args:
-        inputs: Forward arguments by name; ``input_ids``, ``attention_mask`` and ``labels`` are
-            read.
+        inputs: Forward arguments by name; ``input_ids``, ``attention_mask``, ``position_ids`` and
+            ``labels`` are read.
         config: The model's config: vocabulary, longest context, pad and end-of-text tokens.
         place: Which batch this is, for messages.
+        caches: Whether the forward fills a KV cache. Packed samples see each other then.
 
     Raises:
-        CalibrationError: If ids are missing, of the wrong type, rank or range, too long, or contain
-            padding that no mask marks.
+        CalibrationError: If ids are missing, of the wrong type, rank or range, too long, contain
+            padding that no mask marks, or stand at positions that a replay would not give them.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
@@ -78,19 +92,25 @@ def real_tokens(inputs: Mapping[str, Any], config: PreTrainedConfig, place: str)
                 f"{place}: token ids run from {low} to {high}, the model's vocabulary has "
                 f"{vocabulary}. Is this the model's own tokenizer?"
             )
-    if longest and ids.shape[1] > longest:
+    mask, note = _mask(inputs.get("attention_mask"), ids, config, place)
+    segments = _segments(inputs, mask, place, caches=caches)
+    packed = bool((segments > 0).any())
+    width = _longest_segment(segments) if packed else ids.shape[1]
+    if longest and width > longest:
         raise CalibrationError(
-            f"{place}: {ids.shape[1]} tokens a sample, the model's max_position_embeddings is "
+            f"{place}: {width} tokens a sample, the model's max_position_embeddings is "
             f"{longest}. Cut or pack the validation text to at most that."
         )
-    mask, note = _mask(inputs.get("attention_mask"), ids, config, place)
     labels = inputs.get("labels")
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != ids.shape):
         raise CalibrationError(
             f"{place}: labels must have the shape of input_ids, {list(ids.shape)}."
         )
     return RealTokens(
-        ids.long(), mask, None if labels is None else (labels != -100).to(ids.device), note
+        ids.long(),
+        segments,
+        None if labels is None else (labels != -100).to(ids.device),
+        tuple(text for text in (note, PACKED if packed else "") if text),
     )
 
 
@@ -118,3 +138,55 @@ def _mask(mask: object, ids: Tensor, config: PreTrainedConfig, place: str) -> tu
         "and no attention_mask says so. Pass attention_mask=… to the language model: padding "
         "would distort every statistic."
     )
+
+
+def _segments(inputs: Mapping[str, Any], mask: Tensor, place: str, *, caches: bool) -> Tensor:
+    """Number the samples of each row, ``[batch, tokens]``; refuse what a replay would do otherwise.
+
+    Where neither a mask nor a cache is given, transformers lets tokens see only those whose
+    positions lead up to theirs (`find_packed_sequence_indices`). Else a packed row is one long
+    sample at odd positions.
+    """
+    whole = mask.long() - 1
+    positions = inputs.get("position_ids")
+    if positions is None:
+        if inputs.get("cu_seq_lens_q") is not None:
+            raise CalibrationError(
+                f"{place}: packed samples (cu_seq_lens_q) without position_ids. Pass position_ids "
+                "that restart at 0 with each sample, so that it can be told where they begin."
+            )
+        return whole
+    batch, tokens = mask.shape
+    if not isinstance(positions, Tensor) or positions.shape not in ((batch, tokens), (1, tokens)):
+        got = list(positions.shape) if isinstance(positions, Tensor) else type(positions).__name__
+        raise CalibrationError(f"{place}: position_ids is {got}, expected {[batch, tokens]}.")
+    positions = positions.to(mask.device).expand(batch, tokens)
+    counted = torch.arange(tokens, device=mask.device)
+    segments = whole.clone()
+    for i, keep in enumerate(mask):
+        if bool((positions[i] == counted)[keep].all()):
+            continue  # where the model itself would put them
+        here = positions[i][keep]
+        begins = torch.ones_like(here, dtype=torch.bool)
+        begins[1:] = here[1:] != here[:-1] + 1
+        if bool(here[begins].any()):
+            first = int(here[begins][here[begins] != 0][0])
+            raise CalibrationError(
+                f"{place}: position_ids of row {i} begin, or go on, at {first}; expected 0, 1, 2 "
+                "and so on over the real tokens of each sample. A replay puts them there: pass "
+                "position_ids like that, or none."
+            )
+        given = "an attention_mask" if inputs.get("attention_mask") is not None else ""
+        given = given or ("a KV cache" if caches else "")
+        if given and int(begins.sum()) > 1:
+            raise CalibrationError(
+                f"{place}: position_ids of row {i} restart {int(begins.sum()) - 1} times, but with "
+                f"{given} transformers lets packed samples see each other. Pass use_cache=False "
+                "and no attention_mask, so that each stands for itself, or do not pack."
+            )
+        segments[i][keep] = begins.long().cumsum(0) - 1
+    return segments
+
+
+def _longest_segment(segments: Tensor) -> int:
+    return max(int(row[row >= 0].bincount().max()) for row in segments if bool((row >= 0).any()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.calibration import Calibration
+from lit_prune.calibration.generating import GenerateWatch
 from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
@@ -36,9 +37,9 @@ class Observer:
     """Hooks on one language model that remember what passes through it.
 
     Token ids, mask and labels are taken from the language model's own forward arguments, so any
-    batch type of the user's works. Forwards with a KV cache (a ``generate`` inside
-    ``validation_step``) are passed over. Repeated samples count once. Only real tokens of samples
-    on the *calibrate* side feed the moments.
+    batch type of the user's works. What the model itself generates is passed over: forwards inside
+    its ``generate``, and those with a KV cache. Repeated samples count once. Only real tokens of
+    samples on the *calibrate* side feed the moments.
 
     Args:
         model: The language model.
@@ -61,7 +62,8 @@ class Observer:
         self.num_tokens = 0
         self.notes: list[str] = []
         self.paused = False
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | GenerateWatch] = []
+        self._generate: GenerateWatch | None = None
         self._selected: Tensor | None = (
             None  # [batch, tokens], bool, while a forward is being observed
         )
@@ -88,6 +90,8 @@ class Observer:
                         probe = partial(self._probe, (layer, kind))
                         self._handles.append(linear.register_forward_pre_hook(probe))
             self._handles.append(self.model.register_forward_hook(self._after))
+            self._generate = GenerateWatch(self.model)
+            self._handles.append(self._generate)
         except BaseException:
             self.close()
             raise
@@ -118,22 +122,25 @@ class Observer:
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected, self._pending, self._arriving = None, {}, {}
         inputs = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        if self.paused or inputs.get("past_key_values") is not None or CAPPED in self.notes:
+        if self.paused or CAPPED in self.notes:
+            return
+        if inputs.get("past_key_values") is not None or (self._generate and self._generate.running):
             return
         place = f"forward {self.num_batches}"
-        batch = real_tokens(inputs, self.model.config, place)
-        if batch.note and batch.note not in self.notes:
-            self.notes.append(batch.note)
+        config, caches = self.model.config, inputs.get("use_cache")
+        caches = getattr(config, "use_cache", False) if caches is None else caches
+        batch = real_tokens(inputs, config, place, caches=bool(caches))
+        self.notes += [note for note in batch.notes if note not in self.notes]
         selected = torch.zeros_like(batch.mask)
         tokens = self.num_tokens
-        for i, row in batch.rows():
+        for i, columns, row in batch.rows():
             known = self._arriving.get(row.digest) or self.rows.get(row.digest)
             if known is None:
                 if tokens >= self.max_tokens:
                     self.notes.append(CAPPED)
                     break
                 tokens += len(row.ids)
-                selected[i] = batch.mask[i] & (side_of(row.digest) == "calibrate")
+                selected[i] |= columns & (side_of(row.digest) == "calibrate")
             self._arriving[row.digest] = row.merged(known)
         self._selected = selected
 

@@ -67,6 +67,60 @@ def test_arguments_are_found_however_they_are_passed(forward):
     assert set(observer.rows) == {Row.of(row).digest for row in rows}
 
 
+def test_f13_packed_rows_are_observed_as_their_segments():
+    model, rows = tiny_model(layers=2), tiny_rows(24, uneven=True)
+    wanted = observe(model, batches_of(rows, 6))
+    batches = [
+        {
+            "input_ids": torch.cat(rows[i : i + 6])[None],
+            "position_ids": torch.cat([torch.arange(len(row)) for row in rows[i : i + 6]])[None],
+        }
+        for i in range(0, 24, 6)
+    ]
+    with pytest.raises(
+        CalibrationError, match=r"restart 5 times, but with a KV cache .*use_cache=Fal"
+    ):
+        observe(model, batches)  # the config's use_cache is True
+    found = observe(model, batches, forward=lambda batch: model(**batch, use_cache=False))
+    assert set(found.rows) == set(wanted.rows)
+    assert "packed rows" in found.notes[0]
+    for place, (mean, variance) in found.unit_moments().items():
+        torch.testing.assert_close(mean, wanted.unit_moments()[place][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(variance, wanted.unit_moments()[place][1], rtol=1e-4, atol=1e-7)
+
+
+def test_f13_generation_without_a_cache_is_passed_over_too():
+    model, rows = tiny_model(layers=1), tiny_rows(20)
+    before, options = state_digest(model), {"max_new_tokens": 3, "do_sample": False}
+
+    def validate(batch):
+        model.generate(**batch, **options, use_cache=False)
+        with pytest.raises(ValueError, match="no_such"):  # a failure does not leave it blind
+            model.generate(**batch, no_such=1)
+        model(**batch)
+
+    wanted = observe(model, batches_of(rows, 5))
+    found = observe(model, batches_of(rows, 5), forward=validate)
+    assert set(found.rows) == set(wanted.rows)
+    assert all(
+        torch.equal(found.unit_moments()[place][1], variance)
+        for place, (_, variance) in wanted.unit_moments().items()
+    )
+    assert state_digest(model) == before
+
+
+def test_a_generate_of_the_users_own_is_called_and_put_back():
+    model, rows = tiny_model(layers=1), tiny_rows(2)
+    model.generate = own = lambda batch: model(**batch) and "theirs"
+    said = []
+    found = observe(
+        model, [padded_batch(rows)], forward=lambda batch: said.append(model.generate(batch))
+    )
+    assert said == ["theirs"]
+    assert not found.rows
+    assert model.generate is own
+
+
 def test_forwards_with_a_cache_are_passed_over():
     model, rows = tiny_model(layers=1), tiny_rows(3)
     observer = observe(

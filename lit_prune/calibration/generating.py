@@ -1,0 +1,49 @@
+"""Knowing that a forward belongs to ``generate``: what a model writes calibrates nothing."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class GenerateWatch:
+    """Knows whether a model's ``generate`` is running, until it is removed.
+
+    With a KV cache such forwards would be known by it; without one each looks like a sample that
+    has grown by a token. The instance's ``generate`` is wrapped for the time; nothing else tells.
+
+    Args:
+        model: The language model.
+
+    Attributes:
+        running: Calls of ``generate`` that run at this moment, one inside the other.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.running = 0
+        self._model = model
+        self._own = vars(model).get("generate")  # one that the user hung on the instance
+        generate = model.generate
+
+        @wraps(generate)
+        def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - what `generate` returns
+            self.running += 1
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                self.running -= 1
+
+        self._watched = watched
+        model.generate = watched  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Put back what was there. Safe to call twice."""
+        if vars(self._model).get("generate") is not self._watched:
+            return
+        if self._own is None:
+            del self._model.generate
+        else:
+            self._model.generate = self._own
