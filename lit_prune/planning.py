@@ -22,7 +22,7 @@ from lit_prune.calibration import (
     replay_within,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
-from lit_prune.errors import CalibrationError, PlanMismatchError
+from lit_prune.errors import CalibrationError, PlanMismatchError, ScoreError
 from lit_prune.importance import damage_curve, damped, order_damage
 from lit_prune.latency_table import refuse_other_workload, table_words, with_latency_table
 from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
@@ -98,6 +98,7 @@ def calibrate(
     fingerprint = spec_for(model).fingerprint
     calibration = Calibration(fingerprint, rows, units or {}, notes=tuple(notes))
     calibration.require(config.min_calibration_tokens)
+    calibration = replace(calibration, weights_digest=weights_digest(model))
     if units is not None and not needs and rows.split:
         return calibration
     if needs.latency:
@@ -153,7 +154,11 @@ def damage_curves(
         weight = parts.output(*place).weight.detach()
         covariance = (calibration.covariances or {})[place].to(weight.device)
         covariance = damped(covariance, config.damping)
-        curve = damage_curve(covariance, weight, part.unit_width)
+        try:
+            curve = damage_curve(covariance, weight, part.unit_width)
+        except ScoreError as error:
+            name = parts.output_name(*place)
+            raise ScoreError(f"{name}, with damping={config.damping}: {error}") from error
         _, alone = order_damage(covariance, weight, curve.order, part.unit_width)
         leaves = torch.cat([curve.order.new_full((1,), -1), curve.order])
         curves[place] = torch.stack([leaves.double(), curve.damage, alone], 1).cpu()
@@ -195,18 +200,17 @@ def make_plan(
             Planning several ratios with one method, hand the same one in: greedy paths start alike.
 
     Raises:
-        PlanMismatchError: If the calibration belongs to another architecture.
+        PlanMismatchError: If the calibration belongs to another architecture, or other weights.
         BudgetError: If the ratio cannot be met.
     """
     method = preset(config.preset)
     config = method.resolve(config)
     spec = spec_for(model)
-    _check_calibration(model, calibration, config)
+    weights = weights_digest(model)  # hashed once, not for every draft
+    _check_calibration(model, weights, calibration, config)
     cost = cost_of(model, config, calibration.latency)
     budget = make_budget(spec, config, cost)
     memory = {} if judged is None else judged
-    # hashed once, not for every draft
-    digest = None if config.compensation == "none" else weights_digest(model)
     table = table_words(model, calibration) if config.budget == "latency" else ()
     solved: dict[SubBlock, dict[tuple[int, ...], Solved]] = {}
 
@@ -219,7 +223,7 @@ def make_plan(
                 plan,
                 calibration.units,
                 removed_mean=config.removed_mean,
-                weights=digest,
+                weights=weights,
             )
         return least_squares_compensation(
             model,
@@ -229,7 +233,7 @@ def make_plan(
             calibration.held_out,
             damping=config.damping,
             removed_mean=config.removed_mean,
-            weights=digest,
+            weights=weights,
             solved=solved,
         )
 
@@ -279,7 +283,7 @@ def describe(compensation: Compensation | None) -> dict[str, Any]:
 
 
 def _check_calibration(
-    model: PreTrainedModel, calibration: Calibration, config: PruningConfig
+    model: PreTrainedModel, weights: str, calibration: Calibration, config: PruningConfig
 ) -> None:
     """Refuse a calibration of another model, or one that lacks what the request needs."""
     fingerprint = spec_for(model).fingerprint
@@ -288,6 +292,13 @@ def _check_calibration(
             "calibration was made for a model with fingerprint "
             f"{calibration.model_fingerprint[:12]}…, this one has {fingerprint[:12]}…. "
             "Calibrate this model."
+        )
+    made_on = calibration.weights_digest
+    if made_on is not None and made_on != weights:
+        raise PlanMismatchError(
+            f"calibrated on other weights ({made_on[:12]}…, this model has "
+            f"{weights[:12]}…), or on the same in another dtype: its statistics are not of this "
+            "model. Calibrate again."
         )
     needed = set(needed_bypasses(model, config))
     joint = calibration.full is not None and calibration.full.ndim == 2

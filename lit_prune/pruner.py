@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 # Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
 # refused.
 _FEW_TOKENS = 8192
+# Below this many scored tokens a perplexity says little.
+_FEW_SCORED = 256
+# Of a calibration as a validation left it, or saved before calibrations named their weights.
+_UNNAMED = (
+    "the calibration does not say on which weights it was made, which was not checked: make a new "
+    "one where they may be others"
+)
 # Below this many tokens for each channel the inverse of a covariance is mostly noise.
 _FEW_PER_CHANNEL = 5
 # Where a footprint shows the resource of a budget.
@@ -165,6 +172,10 @@ def make_report(
             f"only {calibration.num_tokens} tokens to calibrate on: entropies are noisy below "
             f"{_FEW_TOKENS}"
         ]
+    if (scored := calibration.rows.num_scored("score")) < _FEW_SCORED:
+        few.append(f"only {scored} tokens are scored: the perplexity is a rough estimate")
+    if calibration.weights_digest is None:
+        few.append(_UNNAMED)
     per_channel = calibration.tokens_per_channel
     if per_channel is not None and per_channel < _FEW_PER_CHANNEL:
         few += [

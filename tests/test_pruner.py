@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from lit_prune.calibration import Calibration
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import (
+    ArtifactError,
     BudgetError,
     CalibrationError,
     ConfigError,
     PlanMismatchError,
+    ScoreError,
     SurgeryError,
     UnsupportedModelError,
 )
@@ -249,6 +252,24 @@ def test_a_calibration_for_another_request_or_model_is_refused():
         prune(other, calibration=whole, pruning_ratio=0.3, **paper)
 
 
+def test_f25_a_calibration_of_other_weights_is_refused():
+    model, paper = tiny_model(), {**FAST, "preset": "paper", "allocator": "uniform"}
+    calibration = run(model, dry_run=True, **paper).calibration
+    for other in (tiny_model(seed=77), tiny_model().bfloat16()):
+        with (
+            unchanged(other),
+            counted_forwards(other) as forwards,
+            pytest.raises(PlanMismatchError, match=r"calibrated on other weights .* Calibrate aga"),
+        ):
+            prune(other, calibration=calibration, pruning_ratio=0.3, **paper)
+        assert forwards == []
+    unnamed = replace(calibration, weights_digest=None)
+    report = prune(tiny_model(), calibration=unnamed, pruning_ratio=0.3, **paper).report
+    assert any("does not say on which weights" in note for note in report.notes())
+    report = prune(model, calibration=calibration, pruning_ratio=0.3, **paper).report
+    assert not any("weights" in note for note in report.notes())
+
+
 # ---- life after pruning ----
 
 
@@ -315,6 +336,14 @@ BAD_TEXT = [
     ([{"input_ids": torch.full((1, 200), 5)}], "200 tokens a sample.*max_position_embeddings is"),
     ([{"input_ids": torch.zeros(4, 64).long()}], "are the pad token .*no attention_mask says so"),
     (None, "give a dataloader to calibrate on"),
+    (batches_of([torch.tensor([token]) for token in range(3, 60)], 8), "0 of the .* can be scored"),
+    (
+        [
+            {**batch, "labels": torch.full_like(batch["input_ids"], -100)}
+            for batch in batches_of(ROWS)
+        ],
+        r"0 of the \d+ real tokens in \d+ samples on the score side .* labels that score some",
+    ),
 ]
 
 
@@ -517,3 +546,53 @@ def test_few_tokens_and_the_channel_multiple_are_said():
     notes = " ".join(run(tiny_model()).report.notes())
     assert "tokens to calibrate on: entropies are noisy" in notes
     assert "kept channels are multiples of" in notes
+
+
+def test_f11_few_scored_tokens_are_said():
+    result = run(tiny_model(), dry_run=True, preset="paper", allocator="uniform")
+    scored = result.report.conditions["words"][0]
+    count = result.calibration.rows.num_scored("score")
+    assert 0 < count < 256
+    assert f"{count} tokens" in scored
+    assert any(f"only {count} tokens are scored" in note for note in result.report.notes())
+
+
+# ---- a covariance of less text than channels ----
+
+
+def test_f23_too_little_damping_names_the_option_and_the_place():
+    model = tiny_model(intermediate_size=300, layers=2)
+    options = {"pruning_ratio": 0.3, "damping": 1e-20, **FAST}
+    with (
+        unchanged(model),
+        pytest.raises(ScoreError, match=r"mlp\.down_proj, with damping=1e-20: .*Raise damping"),
+    ):
+        prune(model, batches_of(tiny_rows(12, 16), 6), **options)
+
+
+def test_f23_least_squares_falls_back_to_the_mean_and_says_so():
+    model = tiny_model(intermediate_size=300, layers=2)
+    options = {"pruning_ratio": 0.3, "damping": 1e-22, "preset": "flap_ls", **FAST}
+    result = prune(model, batches_of(tiny_rows(12, 16), 6), **options)
+    notes = " ".join(result.report.notes())
+    assert "cannot be inverted at some damping" in notes
+    with torch.no_grad():
+        assert torch.isfinite(model(**padded_batch(ROWS[:3])).logits).all()
+
+
+# ---- what is kept before anything is cut ----
+
+
+def test_f39_what_was_decided_is_handed_over_before_anything_is_cut():
+    model = tiny_model()
+    config = PruningConfig(
+        pruning_ratio=0.3, preset="paper", allocator="uniform", latency_prompt_tokens=0
+    )
+    calibration = run(model, dry_run=True, preset="paper", allocator="uniform").calibration
+
+    def full(planned):
+        assert planned.compensation.plan_digest == planned.plan.digest
+        raise ArtifactError("disk full")
+
+    with unchanged(model), pytest.raises(ArtifactError, match="disk full"):
+        pruner.carry_out(model, calibration, config, keep=full, progress=False)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lit_prune.calibration.observer import Probed
     from lit_prune.calibration.replay import Replayed
 
-_SCHEMA = 1
+_SCHEMA = 2
+_READABLE = (1, _SCHEMA)  # 1 did not say which weights it was made on
 # Statistics that are one tensor for each sub-block.
 _BY_PLACE = ("covariances", "held_out", "curves", "sensitivities", "taylor", "inputs", "latency")
 # What a latency table says it was measured under.
@@ -75,6 +76,8 @@ class Calibration:
         target: Where that state was read, ``after_norm`` or ``before_norm``.
         source: Where ``units`` come from: ``validation loop`` or ``replay``.
         notes: What the report says about the text, in words.
+        weights_digest: The weights that the statistics belong to; None where it was not taken: as
+            observed in a validation, before what follows it.
     """
 
     model_fingerprint: str
@@ -95,6 +98,7 @@ class Calibration:
     target: str = "after_norm"
     source: str = "validation loop"
     notes: tuple[str, ...] = ()
+    weights_digest: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -161,13 +165,21 @@ class Calibration:
         """Refuse too little text.
 
         Raises:
-            CalibrationError: If the calibrate side has fewer than ``minimum`` real tokens.
+            CalibrationError: If the calibrate side has fewer than ``minimum`` real tokens, or the
+                score side none that a perplexity counts.
         """
         if self.num_tokens < max(minimum, 2):
             raise CalibrationError(
                 f"{self.num_tokens} real tokens in {len(self.rows.side('calibrate'))} samples to "
                 f"calibrate on, expected at least {max(minimum, 2)} (min_calibration_tokens). "
                 "Give more validation text."
+            )
+        if not self.rows.num_scored("score"):
+            raise CalibrationError(
+                f"0 of the {self.rows.num_tokens('score')} real tokens in "
+                f"{len(self.rows.side('score'))} samples on the score side can be scored: a token "
+                "is where its label is not -100 and one precedes it in its sample. There would be "
+                "no perplexity. Give longer samples, or labels that score some tokens."
             )
 
     def save(self, path: Path) -> None:
@@ -198,6 +210,7 @@ class Calibration:
             "target": self.target,
             "notes": list(self.notes),
             "latency_conditions": self.latency_conditions,
+            "weights_digest": self.weights_digest,
         }
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         beside = path.with_name(f".{path.name}.tmp")
@@ -216,12 +229,12 @@ class Calibration:
                 header = json.loads((file.metadata() or {})["lit_prune"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             version = header["schema_version"]
-            if version == _SCHEMA:
+            if version in _READABLE:
                 return cls._from(header, tensors)
         except _UNREADABLE as error:
             raise ArtifactError(f"{path} is not a calibration of lit_prune: {error!r}.") from error
         raise ArtifactError(
-            f"{path} has schema_version {version}, expected {_SCHEMA}. Calibrate again."
+            f"{path} has schema_version {version}, expected at most {_SCHEMA}. Calibrate again."
         )
 
     @classmethod
@@ -242,7 +255,9 @@ class Calibration:
                     changes[Unit(int(layer), kind)] = tensor
                 case [group, layer, ("attention" | "mlp") as kind] if group in _BY_PLACE:
                     by_place.setdefault(group, {})[int(layer), kind] = tensor
+        weights = header.get("weights_digest")
         texts = (header["model_fingerprint"], header["source"], header["target"], *header["notes"])
+        texts += () if weights is None else (weights,)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text in its header is none")
         conditions = dict(header.get("latency_conditions", {}))
@@ -261,4 +276,5 @@ class Calibration:
             target=header["target"],
             source=header["source"],
             notes=tuple(header["notes"]),
+            weights_digest=weights,
         )

@@ -97,6 +97,10 @@ class RowSet:
         """Return the real tokens of one side."""
         return sum(len(row.ids) for row in self.side(side))
 
+    def num_scored(self, side: Side) -> int:
+        """Return the tokens of one side that a perplexity counts: the first of a row never is."""
+        return sum(int(row.scored[1:].sum()) for row in self.side(side))
+
     def describe_split(self) -> str:
         """Say in words what is calibrated and scored on what."""
         if self.split:

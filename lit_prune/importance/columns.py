@@ -57,8 +57,7 @@ def factored(covariance: Tensor) -> Tensor:
     if int(failed):
         raise ScoreError(
             f"the covariance of {len(covariance)} columns is not positive definite (leading minor "
-            f"{int(failed)}): too few tokens, or duplicated inputs. Damp it: damped(covariance, "
-            "0.01), or more."
+            f"{int(failed)}): too few tokens, or duplicated inputs. Raise damping (0.01, say)."
         )
     return factor
 

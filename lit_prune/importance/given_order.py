@@ -46,7 +46,7 @@ def order_damage(
     ordered = covariance.double()[columns][:, columns]
     factor, failed = torch.linalg.cholesky_ex(ordered)
     if bool(failed):
-        raise ScoreError("covariance is not positive definite: raise damping.")
+        raise ScoreError("covariance is not positive definite. Raise damping (0.01, say).")
     written = weight.double()[:, columns]
     compensated = (written @ factor).square().sum(0)
     # what column i adds without compensation: itself and, twice, its pairs with what left before;

@@ -17,7 +17,13 @@ def calibrated(joint=False, labels=False):
         Row.of(ids, torch.arange(len(ids)) > 3 if labels else None)
         for ids in tiny_rows(24, uneven=True)
     )
-    empty = Calibration(spec_for(model).fingerprint, rows, {}, notes=("said", "in words"))
+    empty = Calibration(
+        spec_for(model).fingerprint,
+        rows,
+        {},
+        notes=("said", "in words"),
+        weights_digest="of the weights",
+    )
     units = bypass_units(DecoderParts(model))
     return empty.with_replay(replay(model, rows, units, joint=joint, target="before_norm"))
 
@@ -31,6 +37,7 @@ def test_round_trip(tmp_path, joint):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert again.describe() == calibration.describe()
     assert again.model_fingerprint == calibration.model_fingerprint
+    assert again.weights_digest == calibration.weights_digest == "of the weights"
     assert again.target == "before_norm"
     for a, b in zip(again.rows.rows, calibration.rows.rows, strict=True):
         assert torch.equal(a.ids, b.ids)
@@ -64,10 +71,39 @@ def test_f11_too_little_text_is_refused_with_its_counts():
         Calibration("abc", RowSet.of([]), {}).require(1)
 
 
-def damage(path, *, header=None, drop=None, add=None, raw=None):
+@pytest.mark.parametrize(
+    ("length", "labelled", "message"),
+    [
+        (10, 0, r"0 of the \d+ real tokens in \d+ samples on the score side can be scored"),
+        (10, 1, "is where its label is not -100 and one precedes it"),  # the first of a row
+        (1, 1, "Give longer samples, or labels that score some tokens"),
+    ],
+)
+def test_f11_text_that_scores_nothing_is_refused_with_its_counts(length, labelled, message):
+    rows = RowSet.of(Row.of(ids, torch.arange(length) < labelled) for ids in tiny_rows(40, length))
+    assert rows.num_scored("score") == 0
+    with pytest.raises(CalibrationError, match=message):
+        Calibration("abc", rows, {}).require(2)
+
+
+def test_scored_tokens_are_counted_without_the_first_of_a_row():
+    ids, labelled = tiny_rows(1, 10)[0], torch.arange(10) % 2 == 0
+    assert RowSet.of([Row.of(ids)]).num_scored("score") == 9
+    assert RowSet.of([Row.of(ids, labelled)]).num_scored("choose") == 4
+
+
+def test_a_file_of_before_weights_were_named_is_read_without(tmp_path):
+    path = tmp_path / "calibration.safetensors"
+    calibrated().save(path)
+    damage(path, header={"schema_version": 1}, without="weights_digest")
+    assert Calibration.load(path).weights_digest is None
+
+
+def damage(path, *, header=None, without=None, drop=None, add=None, raw=None):
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = json.loads(file.metadata()["lit_prune"])
+    metadata.pop(without, None)
     if drop:
         tensors = {k: v for k, v in tensors.items() if drop not in k}
     tensors.update(add or {})
@@ -78,7 +114,8 @@ def damage(path, *, header=None, drop=None, add=None, raw=None):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"header": {"schema_version": 99}}, "has schema_version 99, expected 1"),
+        ({"header": {"schema_version": 99}}, "has schema_version 99, expected at most 2"),
+        ({"header": {"weights_digest": 5}}, "is not a calibration"),
         ({"header": {"model_fingerprint": 3}}, "is not a calibration"),
         ({"header": {"notes": [1]}}, "is not a calibration"),
         ({"header": {"notes": 7}}, "is not a calibration"),

@@ -170,7 +170,7 @@ def test_low_precision_is_raised_before_anything_is_computed():
 
 def test_what_no_curve_can_be_made_of_is_refused():
     weight = random_weight(3, 4)
-    with pytest.raises(ScoreError, match=r"not positive definite.*Damp it"):
+    with pytest.raises(ScoreError, match=r"not positive definite.*Raise damping"):
         damage_curve(torch.ones(4, 4), weight)
     with pytest.raises(ScoreError, match="4 columns are no multiple of unit_width 3"):
         damage_curve(torch.eye(4), weight, 3)
