@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,10 +28,14 @@ from lit_prune.trainer import (
     refuse_compiled,
     refuse_loaders,
     refuse_no_validation,
+    refuse_nothing_seen,
     refuse_stale_optimizers,
     refuse_strategy,
+    refuse_unwritable,
     validate_within_fit,
-    write_artifacts,
+    write_calibration,
+    write_plan,
+    write_report,
 )
 from lit_prune.views import log_report, log_request, log_unit_entropy
 
@@ -74,6 +79,8 @@ class EntropyPruningCallback(Callback):
         UnsupportedModelError: In ``setup``, if model or strategy cannot be pruned.
         BudgetError: In ``setup``, if the ratio cannot be reached.
         CalibrationError: If the validation text is missing (in ``setup``) or unusable.
+        ArtifactError: If the run's folder cannot be written to (in ``setup``, or before the model
+            is changed).
 
     Example::
 
@@ -122,6 +129,7 @@ class EntropyPruningCallback(Callback):
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
+        refuse_unwritable(trainer)
         if stage == self._stage:
             refuse_no_validation(trainer, stage)
         # `configure_model` runs after `setup`: what it makes is checked when the run starts
@@ -178,17 +186,12 @@ class EntropyPruningCallback(Callback):
             return
         observer, self._observer = self._observer, None
         observer.close()
-        if not observer.rows:
-            raise CalibrationError(
-                f"the validation ended after {sum(trainer.num_val_batches)} batches and the "
-                "language model itself saw no real token. Is it called in validation_step, and not "
-                "only its base model, or with a KV cache?"
-            )
+        refuse_nothing_seen(trainer, observer)
         calibration = observer.calibration()
         if not is_rehearsal(trainer):  # now, not when hours of training are over
             calibration.require(self.config.min_calibration_tokens)
         self._seen, self.calibration_ = (observer, trainer.global_step), calibration
-        write_artifacts(trainer, calibration)
+        write_calibration(trainer, calibration)
         if trainer.is_global_zero and calibration.units:
             scores = entropy_scores(spec_for(observer.model), calibration, self.config)
             log_unit_entropy(trainer.loggers, scores.units, trainer.global_step)
@@ -250,14 +253,14 @@ class EntropyPruningCallback(Callback):
             dry = self.dry_run or is_rehearsal(trainer)
             planned, self.report_ = carry_out(
                 model, self.calibration_, self.config, dry_run=dry, warnings=warnings,
-                progress=progress,
+                keep=partial(write_plan, trainer, self.calibration_), progress=progress,
             )  # fmt: skip
             self.plan_ = planned.plan
             if not dry:
                 self._model, self._stale_moments = model, fitted
                 forget_averages(trainer)
         rank_zero_info(f"lit_prune: {self.report_.headline()}")
-        write_artifacts(trainer, self.calibration_, self.plan_, self.report_, planned.compensation)
+        write_report(trainer, self.report_)
         if trainer.is_global_zero:
             scores = planned.scores
             log_report(

@@ -20,7 +20,7 @@ from lit_prune.sequential import compensated
 from lit_prune.surgery import Compensation, applied
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -123,6 +123,7 @@ def carry_out(
     *,
     dry_run: bool = False,
     warnings: Sequence[str] = (),
+    keep: Callable[[Planned], None] | None = None,
     progress: bool = True,
 ) -> tuple[Planned, PruningReport]:
     """Plan, compensate, cut and measure again, from a calibration; `prune` from there on.
@@ -133,13 +134,17 @@ def carry_out(
         config: The resolved request.
         dry_run: Stop before surgery.
         warnings: What the report shall say besides.
+        keep: Called with what was decided, before anything is cut. If it raises, nothing is.
         progress: Show progress bars (only on a terminal).
     """
     planned = make_plan(model, calibration, config)
     before = measure(model, calibration.rows, config)
+    if not dry_run:
+        planned = compensated(model, planned, calibration, config, progress=progress)
+    if keep is not None:
+        keep(planned)
     if dry_run:
         return planned, make_report(planned, calibration, config, before, None, warnings)
-    planned = compensated(model, planned, calibration, config, progress=progress)
     with applied(model, planned.plan, planned.compensation):  # or taken back
         after = measure(model, calibration.rows, config)
         report = make_report(planned, calibration, config, before, after, warnings)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from lit_prune.errors import CalibrationError, ConfigError
 from tests.lightning.modules import (
@@ -156,6 +157,82 @@ def test_f11_empty_loader_is_refused_before_training(tmp_path):
         fit(tmp_path, LM(), pruner(val_dataloader_idx=1), val=[loader(), empty])
 
 
+class Nothing(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_f11_an_empty_stream_is_refused_in_words(tmp_path):
+    match = "ended after all batches of its loader, and the .* no real token. Is the loader empty?"
+    with pytest.raises(CalibrationError, match=match):
+        fit(tmp_path, LM(), pruner(), val=loader(Nothing()))
+
+
+def test_f11_labels_that_score_nothing_are_known_at_the_first_validation(tmp_path):
+    class Unscored(LM):
+        def validation_step(self, batch, batch_idx):
+            self.lm(**batch, labels=torch.full_like(batch["input_ids"], -100))
+
+    module = Unscored()
+    with pytest.raises(
+        CalibrationError, match=r"0 of the \d+ real tokens .* labels that score som"
+    ):
+        fit(tmp_path, module, pruner(), max_epochs=50)
+    assert len(module.losses) == 1
+    assert hooks(module) == 0
+
+
+def packed(rows):
+    return {
+        "input_ids": torch.cat(rows)[None],
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows])[None],
+    }
+
+
+class Packed(LM):
+    """Samples in one row, each at its own positions; `caches` is what the config has it be."""
+
+    caches = False
+
+    def validation_step(self, batch, batch_idx):
+        self.lm(**batch, use_cache=self.caches)
+
+
+def test_f13_packed_samples_are_calibrated_on_as_if_apart(tmp_path):
+    options = {"preset": "paper", "allocator": "uniform", "when": "validate"}
+    callbacks = [pruner(**options), pruner(**options)]
+    for callback, module, collate in zip(callbacks, (LM(), Packed()), (None, packed), strict=True):
+        trainer(tmp_path, callback).validate(module, loader(collate=collate), verbose=False)
+    apart, together = callbacks
+    assert together.plan_.digest == apart.plan_.digest
+    assert together.report_.row("perplexity") == apart.report_.row("perplexity")
+    assert any("packed rows were split" in note for note in together.report_.notes())
+
+
+def test_f13_packed_samples_that_see_each_other_are_refused(tmp_path):
+    class Caching(Packed):
+        caches = True
+
+    with pytest.raises(
+        CalibrationError, match=r"with a KV cache .* see each other. Pass use_cache"
+    ):
+        trainer(tmp_path, pruner()).validate(Caching(), loader(collate=packed), verbose=False)
+
+
+def test_f13_what_the_model_generates_is_no_calibration_text(tmp_path):
+    class Generating(LM):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.lm.generate(**batch, max_new_tokens=2, do_sample=False, use_cache=False)
+
+    callback = pruner()
+    module = Generating()
+    trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    assert len(callback.calibration_.rows.rows) == len(ROWS)
+    assert "generate" not in vars(module.lm)
+
+
 def test_f11_too_few_tokens_is_known_at_the_first_validation(tmp_path):
     module = LM()
     with pytest.raises(CalibrationError, match=r"48 real tokens in 2 samples .* at least 128"):
@@ -192,6 +269,8 @@ def test_f15_base_model_called_alone_says_so(tmp_path):
             self.lm.lm_head(self.lm.model(**batch).last_hidden_state)
 
     module = Bare()
-    with pytest.raises(CalibrationError, match="after 5 batches and the language model itself saw"):
+    with pytest.raises(
+        CalibrationError, match=r"after 5 batches of its .* the language model itself saw"
+    ):
         fit(tmp_path, module, pruner())
     assert hooks(module) == 0

@@ -9,7 +9,7 @@ import torch
 import lit_prune.callback
 import lit_prune.pruner
 from lit_prune.calibration import Calibration, RecordedRun, TwoStreams
-from lit_prune.errors import BudgetError, CalibrationError, SurgeryError
+from lit_prune.errors import ArtifactError, BudgetError, CalibrationError, SurgeryError
 from lit_prune.surgery.edits import StagedEdits
 from tests.lightning.modules import (
     LM,
@@ -283,3 +283,59 @@ def test_trainer_is_usable_after_a_failure(tmp_path, monkeypatch):
         fit(tmp_path, module, callback)
     fit(tmp_path, module, callback, train=loader(TRAIN, 4))
     assert module.lm.pruning_record.report is callback.report_
+
+
+# ---- F39: files that cannot be written ----
+
+
+def test_f39_a_folder_that_cannot_be_written_to_is_refused_in_setup(tmp_path):
+    (tmp_path / "pruning").write_text("in the way")
+    callback, module = pruner(), frozen(LM())
+    before = state_digest(module)
+    with pytest.raises(ArtifactError, match=r"pruning is no folder\. Make it writable, or give"):
+        fit(tmp_path, module, callback)
+    assert module.losses == []
+    assert state_digest(module) == before
+    with pytest.raises(ArtifactError, match="pruning is no folder"):
+        trainer(tmp_path, callback).validate(module, loader(), verbose=False)
+    assert module.validations == 0
+
+
+def test_f39_a_read_only_folder_is_refused_in_setup(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(ArtifactError, match=r"and .* cannot be written to\. Make it writable"):
+        fit(tmp_path, LM(), pruner())
+    assert list(tmp_path.iterdir()) == []
+    fit(tmp_path, LM(), pruner(), fast_dev_run=True)  # leaves no files
+
+
+@pytest.mark.parametrize(
+    "name", ["calibration.safetensors", "plan.json", "compensation.safetensors"]
+)
+def test_f39_a_plan_that_cannot_be_written_leaves_the_model_dense(tmp_path, name):
+    (tmp_path / "pruning" / name / "in the way").mkdir(parents=True)
+    callback, module = pruner(), frozen(LM())
+    before = state_digest(module)
+    with pytest.raises(ArtifactError, match=rf"{name} could not be written: .* disk full\?"):
+        fit(tmp_path, module, callback)
+    assert state_digest(module) == before
+    assert hooks(module) == 0
+    assert not hasattr(callback, "plan_")
+    assert len(callback.calibration_.rows.rows) == len(ROWS)  # what was measured is not lost
+    assert not [path.name for path in (tmp_path / "pruning").iterdir() if ".tmp" in path.name]
+
+
+def test_f39_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "pruning" / "report.json").mkdir(parents=True)
+    callback, module = pruner(), LM()
+    fit(tmp_path, module, callback)
+    assert module.lm.pruning_record.report is callback.report_
+    assert "report.json could not be written" in caplog.text
+
+
+def test_f39_a_calibration_that_cannot_be_written_does_not_stop_the_training(tmp_path, caplog):
+    (tmp_path / "pruning" / "calibration.safetensors").mkdir(parents=True)
+    callback, module = pruner(when="validate"), LM()
+    fit(tmp_path, module, callback, max_epochs=2)  # only observes
+    assert len(module.losses) == 2
+    assert caplog.text.count("calibration.safetensors could not be written") == 2
