@@ -108,7 +108,7 @@ def applied(
     # outside inference mode: parameters made inside `Trainer.validate` could never be trained
     with torch.inference_mode(False), torch.no_grad():
         ids = _check_ids(model)
-        wanted = _masked_logits(model, plan, compensation, ids) if verify else None
+        wanted = _wanted(model, plan, compensation, ids) if verify else None
         edits = stage(model, spec, plan, compensation)
         edits.commit()
     try:
@@ -297,16 +297,25 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return logits
 
 
-def _masked_logits(
+def _wanted(
     model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None, ids: Tensor
-) -> Tensor:
+) -> Tensor | None:
+    """Return the logits of the masked dense model; None where the dense one has no finite ones."""
     with masked(model, plan, compensation):
-        return _logits(model, ids)
+        wanted = _logits(model, ids)
+    if bool(torch.isfinite(wanted).all()):
+        return wanted
+    if not bool(torch.isfinite(_logits(model, ids)).all()):
+        return None  # calibration says so where it matters
+    raise SurgeryError(
+        f"the pruned model would not be finite: {int((~torch.isfinite(wanted)).sum())} of "
+        f"{wanted.numel()} logits of {list(ids.shape)} random tokens are NaN or infinite "
+        f"({wanted.dtype}), and the dense model's are finite. The model is unchanged. Do constants "
+        "or weights of the compensation overflow? Use bfloat16 or float32, or another compensation."
+    )
 
 
 def _compare(wanted: Tensor, got: Tensor, ids: Tensor) -> None:
-    if not bool(torch.isfinite(wanted).all()):
-        return  # the dense model itself is not finite; calibration says so where it matters
     worst = float((wanted.float() - got.float()).abs().max())
     scale = float(wanted.abs().max()) or 1.0
     dtype = wanted.dtype

@@ -13,7 +13,15 @@ from lit_prune.calibration import Row, RowSet, replay
 from lit_prune.decoder import ConstantOutput, find_causal_lm, remainder, spec_for
 from lit_prune.errors import PlanMismatchError, SurgeryError, UnsupportedModelError
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.surgery import StagedEdits, apply, apply_plan, masked, mean_compensation
+from lit_prune.surgery import (
+    Compensation,
+    StagedEdits,
+    apply,
+    apply_plan,
+    masked,
+    mean_compensation,
+    weights_digest,
+)
 from tests.models import CONFIGS, padded_batch, tiny_model, tiny_rows
 from tests.state import num_hooks, recount, state_digest, unchanged
 
@@ -404,6 +412,24 @@ def test_f30_a_wrong_result_is_rolled_back(dtype, monkeypatch):
         apply_plan(model, plan_for(model, [(None, range(30)), *[(None, None)] * 4]))
     monkeypatch.undo()
     apply_plan(model, plan, compensation)
+
+
+def test_f30_a_result_that_is_not_finite_is_refused_where_the_dense_model_is():
+    model = tiny_model(layers=2).half()
+    plan = plan_for(model, [(None, range(40)), (None, None)])
+    too_large = torch.full((32,), 1e6, dtype=torch.float64)  # float16 ends at 65504
+    compensation = Compensation({(0, "mlp"): too_large}, plan.digest, weights_digest(model))
+    with unchanged(model), pytest.raises(SurgeryError, match=r"would not be finite: .* dense mod"):
+        apply_plan(model, plan, compensation)
+    apply_plan(model, plan)
+
+
+def test_f30_a_dense_model_that_is_not_finite_is_not_the_surgerys_fault():
+    model = tiny_model(layers=2)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    apply_plan(model, plan_for(model, [(None, range(40)), (None, None)]))
+    assert model.model.layers[0].mlp.down_proj.in_features == 40
 
 
 def test_f30_half_precision_rounding_is_not_mistaken_for_a_fault():
