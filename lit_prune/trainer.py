@@ -226,7 +226,7 @@ def write_plan(trainer: Trainer, calibration: Calibration, planned: Planned) -> 
     Raises:
         ArtifactError: If a file cannot be written; says what is where it was.
     """
-    files = {
+    files: dict[str, Callable[[Path], None]] = {
         "calibration.safetensors": calibration.save,
         "plan.json": partial(_save_text, planned.plan.to_json()),
     }

@@ -6,6 +6,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
 
@@ -25,8 +27,11 @@ class GenerateWatch:
     def __init__(self, model: PreTrainedModel) -> None:
         self.running = 0
         self._model = model
+        self._watched: Callable[..., Any] | None = None
         self._own = vars(model).get("generate")  # one that the user hung on the instance
-        generate = model.generate
+        generate: Callable[..., Any] | None = getattr(model, "generate", None)
+        if generate is None:  # not every PreTrainedModel has it
+            return
 
         @wraps(generate)
         def watched(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - what `generate` returns
@@ -37,13 +42,13 @@ class GenerateWatch:
                 self.running -= 1
 
         self._watched = watched
-        model.generate = watched  # type: ignore[method-assign]
+        vars(model)["generate"] = watched
 
     def remove(self) -> None:
         """Put back what was there. Safe to call twice."""
-        if vars(self._model).get("generate") is not self._watched:
+        if self._watched is None or vars(self._model).get("generate") is not self._watched:
             return
         if self._own is None:
-            del self._model.generate
+            del vars(self._model)["generate"]
         else:
-            self._model.generate = self._own
+            vars(self._model)["generate"] = self._own

@@ -121,6 +121,13 @@ def test_a_generate_of_the_users_own_is_called_and_put_back():
     assert model.generate is own
 
 
+def test_a_model_that_cannot_generate_is_observed_all_the_same(monkeypatch):
+    model, rows = tiny_model(layers=1), tiny_rows(2)
+    monkeypatch.setattr(type(model), "generate", None)
+    assert len(observe(model, [padded_batch(rows)]).rows) == 2
+    assert "generate" not in vars(model)
+
+
 def test_forwards_with_a_cache_are_passed_over():
     model, rows = tiny_model(layers=1), tiny_rows(3)
     observer = observe(

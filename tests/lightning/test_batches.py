@@ -200,7 +200,7 @@ class Packed(LM):
 
 
 def test_f13_packed_samples_are_calibrated_on_as_if_apart(tmp_path):
-    options = {"preset": "paper", "allocator": "uniform", "when": "validate"}
+    options = {"preset": "paper", "when": "validate"}
     callbacks = [pruner(**options), pruner(**options)]
     for callback, module, collate in zip(callbacks, (LM(), Packed()), (None, packed), strict=True):
         trainer(tmp_path, callback).validate(module, loader(collate=collate), verbose=False)

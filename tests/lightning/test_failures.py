@@ -335,7 +335,8 @@ def test_f39_a_report_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 def test_f39_a_calibration_that_cannot_be_written_does_not_stop_the_training(tmp_path, caplog):
     (tmp_path / "pruning" / "calibration.safetensors").mkdir(parents=True)
-    callback, module = pruner(when="validate"), LM()
-    fit(tmp_path, module, callback, max_epochs=2)  # only observes
+    callback, module = pruner(), LM()
+    with pytest.raises(ArtifactError, match=r"calibration\.safetensors could not be"):
+        fit(tmp_path, module, callback, max_epochs=2)  # when it is over, and nothing is cut
     assert len(module.losses) == 2
     assert caplog.text.count("calibration.safetensors could not be written") == 2
