@@ -61,7 +61,7 @@ def summary(found: dict[str, Any]) -> str:
             _table("excess kurtosis and rank correlations", _shapes(found["gaussian"])),
             _table("rank correlation with the measured loss", _correlations(found["damage"])),
             _table("perplexity, by calibration rows", _perplexities(found)),
-            f"Dense: {dense:.2f}. ±: standard deviation over seeds.",
+            f"Dense: {dense:.2f}. ±: standard deviation over seeds, where there are several.",
         ]
     )
 
@@ -103,7 +103,7 @@ def _correlations(damages: dict[str, Any]) -> dict[str, dict[str, str]]:
 def _perplexities(found: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {
         f"`{method}`, {source}": {
-            str(n): f"{np.mean(v):.2f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.2f}"
+            str(n): f"{np.mean(v):.2f}" + (f" ± {np.std(v, ddof=1):.2f}" if len(v) > 1 else "")
             for n, v in sorted(by_rows.items())
         }
         for (method, source), by_rows in perplexities(found).items()
@@ -187,7 +187,7 @@ def _draw_perplexities(axes: Any, found: dict[str, Any]) -> None:
             if other == method:
                 counts = sorted(by_rows)
                 means = [np.mean(by_rows[n]) for n in counts]
-                spread = [np.std(by_rows[n]) for n in counts]
+                spread = [np.std(by_rows[n], ddof=len(by_rows[n]) > 1) for n in counts]
                 ax.errorbar(counts, means, spread, marker="o", capsize=3, label=source)
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
