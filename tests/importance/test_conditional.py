@@ -147,7 +147,7 @@ def test_f22_a_covariance_that_cannot_be_inverted_names_the_remedy():
         lambda c: conditional_mean(c, weight, kept),
         lambda c: conditional_entropy(c, weight),
     ):
-        with pytest.raises(ScoreError, match=r"not positive definite.*Damp it: damped"):
+        with pytest.raises(ScoreError, match=r"not positive definite.*Raise damping"):
             call(torch.ones(4, 4))
         call(damped(torch.ones(4, 4), 0.01))
 

@@ -244,7 +244,7 @@ OTHERWISE = {
     "ratio_strength": 0.7,
     "stage_order": "coarse_first",
     "search_tolerance": 0.002,
-    "sensitivity": "nll",
+    "sensitivity": "frobenius",
     "damping": 0.1,
 }
 
