@@ -46,9 +46,10 @@ class GenerateWatch:
 
     def remove(self) -> None:
         """Put back what was there. Safe to call twice."""
-        if self._watched is None or vars(self._model).get("generate") is not self._watched:
-            return
-        if self._own is None:
-            del vars(self._model)["generate"]
-        else:
-            vars(self._model)["generate"] = self._own
+        if self._watched is not None and vars(self._model).get("generate") is self._watched:
+            if self._own is None:
+                del vars(self._model)["generate"]
+            else:
+                vars(self._model)["generate"] = self._own
+        # who holds this watch can be pickled again
+        self._watched = self._own = None

@@ -168,7 +168,7 @@ def test_a_large_corpus_is_shortened_in_every_document():
 def test_what_is_measured_is_shared_by_methods_that_need_the_same(
     tiny_checkpoint, tmp_path, monkeypatch
 ):
-    words = ("--model", tiny_checkpoint, *SMALL, "--out", tmp_path / "none.json")
+    words = ("--model", tiny_checkpoint, *SMALL, "--rows", 24, "--out", tmp_path / "none.json")
     monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
     harness = Harness(compare.parse_arguments("", ["flap_ls"], "score", "none.json"))
     measured = []
