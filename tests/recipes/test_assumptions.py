@@ -64,6 +64,7 @@ def test_every_question_is_answered(ran):
     assert (folder / "found.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_and_refuses_other_conditions(ran, run_recipe):
     folder, arguments, stdout = ran
     path = folder / "found.json"

@@ -86,6 +86,7 @@ def test_a_stored_file_is_shown_without_running(ran, run_recipe, tmp_path):
     assert stdout.endswith(shown)
 
 
+@pytest.mark.slow
 def test_text_of_a_trained_model_is_its_own(run_recipe, tiny_checkpoint, tmp_path):
     files = {split: [] for split in ("train", "choose", "score")}
     for split, found in files.items():

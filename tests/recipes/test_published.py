@@ -64,6 +64,7 @@ def test_windows():
     assert not torch.equal(drawn, published.random_windows(tokens, 8, 100, seed=1))
 
 
+@pytest.mark.slow
 def test_compare_by_the_published_protocol(run_recipe, tiny_checkpoint, tmp_path):
     for name in ("train", "test"):
         lines = "".join(f"{name} line {number} of text .\n" for number in range(200))
