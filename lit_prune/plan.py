@@ -13,7 +13,7 @@ from lit_prune.errors import ArtifactError, PlanMismatchError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lit_prune.decoder import DecoderSpec
+    from lit_prune.decoder import DecoderSpec, SubBlockKind
 
 SCHEMA_VERSION = 1
 _MAX_BYTES = 64 * 2**20
@@ -32,6 +32,10 @@ class LayerPlan:
     index: int
     kv_groups: tuple[int, ...]
     channels: tuple[int, ...]
+
+    def kept(self, kind: SubBlockKind) -> tuple[int, ...]:
+        """Return the kept units of the attention or the MLP."""
+        return self.kv_groups if kind == "attention" else self.channels
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,7 +147,7 @@ def sequential_compensation(
             }
             for part in block.sub_blocks:
                 place: SubBlock = (block.index, part.kind)
-                kept = _kept(plan, place)
+                kept = plan.layers[block.index].kept(part.kind)
                 cut = len(kept) < part.num_units
                 changed = changed or cut
                 if (
@@ -242,11 +242,6 @@ def _fit(
 def _about(centre: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     """Return second moments about ``centre``."""
     return covariance + torch.outer(mean - centre, mean - centre)
-
-
-def _kept(plan: PruningPlan, place: SubBlock) -> tuple[int, ...]:
-    layer = plan.layers[place[0]]
-    return layer.kv_groups if place[1] == "attention" else layer.channels
 
 
 def _until(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan:

@@ -2,7 +2,7 @@
 
 from lit_prune.importance.affine import AffineRefit, affine_refit
 from lit_prune.importance.conditional import (
-    condition_number,
+    condition_bound,
     conditional_entropy,
     conditional_mean,
     damped,
@@ -25,7 +25,7 @@ __all__ = [
     "Estimator",
     "affine_refit",
     "channel_entropy",
-    "condition_number",
+    "condition_bound",
     "conditional_entropy",
     "conditional_mean",
     "damage_curve",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_prune.errors import ScoreError
 from lit_prune.importance.columns import checked_covariance, checked_finite, factored
-from lit_prune.importance.conditional import damped
+from lit_prune.importance.conditional import condition_bound, damped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,11 +46,13 @@ def affine_refit(
 
     ``W' = W + (C_tx - W C_xx) (C_xx + lambda I)^-1``: ridge regression of the target on the inputs,
     towards ``W``. Each damping is judged by ``E ||t - W' x||^2`` on the other text, and so is ``W``
-    itself: the constant that brings the mean right is the caller's, everything here is centred.
+    itself. With moments about the means a constant that brings the mean right is the caller's; with
+    moments about zero there is none.
 
     Args:
-        covariance: Joint covariance of inputs and target, ``[kept + out, kept + out]``.
-        other: Second moments of the same on other text, about the same means.
+        covariance: Joint second moments of inputs and target, ``[kept + out, kept + out]``, about
+            their means or about zero.
+        other: The same on other text, about the same point.
         weight: ``W``, ``[out, kept]``.
         dampings: Fractions of the mean input variance to try.
 
@@ -84,7 +86,7 @@ def affine_refit(
         error = _error(other, new)
         if error < least:
             least = error
-            best = AffineRefit(new, damping, _condition_bound(noisy, inputs), False)
+            best = AffineRefit(new, damping, condition_bound(noisy, inputs), False)
     return AffineRefit(best.weight, best.damping, best.condition, refused)
 
 
@@ -94,9 +96,3 @@ def _error(moments: Tensor, weight: Tensor) -> float:
     inputs, cross, target = moments[:kept, :kept], moments[kept:, :kept], moments[kept:, kept:]
     explained = ((weight @ inputs) * weight).sum() - 2 * (weight * cross).sum()
     return float(target.diagonal().sum() + explained)
-
-
-def _condition_bound(noisy: Tensor, inputs: Tensor) -> float:
-    """Bound the condition number: largest row sum over the noise that was added. No spectrum."""
-    added = float((noisy.diagonal() - inputs.diagonal()).min())
-    return float(noisy.abs().sum(1).max()) / added

@@ -131,12 +131,10 @@ def stage(
     parts, edits = DecoderParts(model), StagedEdits()
     constants = compensation.constants if compensation else {}
     weights = compensation.weights if compensation else {}
-    counts: dict[SubBlock, int] = {}
-    for index, part in spec.sub_blocks:
-        layer = plan.layers[index]
-        counts[index, part.kind] = len(
-            layer.kv_groups if part.kind == "attention" else layer.channels
-        )
+    counts: dict[SubBlock, int] = {
+        (index, part.kind): len(plan.layers[index].kept(part.kind))
+        for index, part in spec.sub_blocks
+    }
     left = remainder(spec, counts, constants)
     biases = {
         holder: torch.stack([constants[place] for place in places]).sum(0)
@@ -150,8 +148,7 @@ def stage(
             _remove(edits, parts, place, biases.get(place) if place == LEADING else None)
             continue
         if counts[place] < part.num_units:
-            layer = plan.layers[index]
-            kept = layer.kv_groups if part.kind == "attention" else layer.channels
+            kept = plan.layers[index].kept(part.kind)
             _slice(
                 edits,
                 parts,

@@ -137,8 +137,7 @@ def mean_compensation(
     constants: dict[SubBlock, Tensor] = {}
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
-        layer = plan.layers[index]
-        kept = layer.kv_groups if part.kind == "attention" else layer.channels
+        kept = plan.layers[index].kept(part.kind)
         cut = sorted(set(range(part.num_units)) - set(kept))
         if not cut or (not kept and removed_mean == "drop"):
             continue

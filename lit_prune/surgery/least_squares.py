@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_prune.decoder import DecoderParts, SubBlock, spec_for
 from lit_prune.errors import ScoreError
-from lit_prune.importance import conditional_mean, damped, output_error
+from lit_prune.importance import condition_bound, conditional_mean, damped, output_error
 from lit_prune.surgery.compensation import Compensation, mean_compensation, unit_columns
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def least_squares_compensation(
     refused: list[str] = []
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
-        layer = plan.layers[index]
-        kept = layer.kv_groups if part.kind == "attention" else layer.channels
+        kept = plan.layers[index].kept(part.kind)
         if not kept or len(kept) == part.num_units:
             continue
         name = f"layer {index} {part.kind}"
@@ -159,11 +158,5 @@ def _best(
         error = 0.0 if held_out is None else output_error(held_out, weight, new, columns)
         if error < least:
             least = error
-            best = Solved(new, damping * factor, _condition_bound(noisy, covariance), False)
+            best = Solved(new, damping * factor, condition_bound(noisy, covariance), False)
     return replace(best, refused=refused)
-
-
-def _condition_bound(noisy: Tensor, covariance: Tensor) -> float:
-    """Bound the condition number: largest row sum over the noise that was added. No spectrum."""
-    added = float((noisy.diagonal() - covariance.diagonal().double()).min())
-    return float(noisy.abs().sum(1).max()) / added

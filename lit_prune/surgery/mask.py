@@ -41,8 +41,7 @@ def masked(
     handles = []
     try:
         for index, part in spec.sub_blocks:
-            layer = plan.layers[index]
-            kept = layer.kv_groups if part.kind == "attention" else layer.channels
+            kept = plan.layers[index].kept(part.kind)
             linear = parts.output(index, part.kind)
             constant = constants.get((index, part.kind))
             if constant is not None:

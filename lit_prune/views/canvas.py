@@ -65,8 +65,7 @@ def outcomes(spec: DecoderSpec, plan: PruningPlan, kind: SubBlockKind) -> list[O
     found = []
     for block, layer in zip(spec.blocks, plan.layers, strict=True):
         part = block.attention if kind == "attention" else block.mlp
-        kept = layer.kv_groups if kind == "attention" else layer.channels
-        found.append(Outcome(block.index, part.num_units if part else 0, kept))
+        found.append(Outcome(block.index, part.num_units if part else 0, layer.kept(kind)))
     return found
 
 
