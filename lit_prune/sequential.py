@@ -15,6 +15,7 @@ References:
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_prune.calibration import ChannelCovariance, TwoStreams, two_streams
-from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError
 from lit_prune.importance import affine_refit
 from lit_prune.methods import preset
@@ -75,6 +76,7 @@ def compensated(
     config = preset(config.preset).resolve(config)
     if config.compensation != "sequential" or not config.pruning_ratio:
         return planned
+    draft = planned.compensation
     compensation = sequential_compensation(
         model,
         planned.plan,
@@ -82,6 +84,7 @@ def compensated(
         damping=config.damping,
         removed_mean=config.removed_mean,
         protected_layers=config.protected_layers,
+        weights=None if draft is None else draft.weights_digest,
         batch_tokens=config.replay_batch_tokens,
         progress=progress,
     )
@@ -97,6 +100,7 @@ def sequential_compensation(
     damping: float = 0.01,
     removed_mean: Literal["add", "drop"] = "add",
     protected_layers: Sequence[int] = (),
+    weights: str | None = None,
     batch_tokens: int = 8192,
     progress: bool = False,
 ) -> Compensation:
@@ -109,7 +113,7 @@ def sequential_compensation(
     behind a cut, is fitted without a constant: no parameter is added where nothing is removed.
 
     Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
-    four hidden states ``[tokens, hidden_size]`` of that text, in the dtype of the model, and one
+    three hidden states ``[tokens, hidden_size]`` of that text, in the dtype of the model, and one
     joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side.
 
     Args:
@@ -120,6 +124,7 @@ def sequential_compensation(
         damping: Centre of the dampings tried, as a fraction of the mean variance.
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
         protected_layers: Layers whose weights stay as they are.
+        weights: `weights_digest` of the model, where it is known.
         batch_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
 
@@ -128,7 +133,7 @@ def sequential_compensation(
     """
     spec, parts = spec_for(model), DecoderParts(model)
     plan.validate(spec)
-    made = Compensation({}, plan.digest, weights_digest(model), {}, {})
+    made = Compensation({}, plan.digest, weights or weights_digest(model), {}, {})
     refused: list[str] = []
     changed = False
     bar = tqdm(
@@ -141,10 +146,8 @@ def sequential_compensation(
     with quiet(model), bar:
         text = {side: two_streams(parts, rows, side, batch_tokens) for side in _SIDES}
         for block in spec.blocks:
-            goals = {
-                side: [batch.goals(parts, block.index) for batch in batches]
-                for side, batches in text.items()
-            }
+            for batch in chain(*text.values()):
+                batch.lead(parts, block.index)
             for part in block.sub_blocks:
                 place: SubBlock = (block.index, part.kind)
                 kept = plan.layers[block.index].kept(part.kind)
@@ -159,14 +162,13 @@ def sequential_compensation(
                 columns = unit_columns(kept, part.unit_width)
                 with masked(model, _until(spec, plan, place), made):
                     moments = {
-                        side: _moments(parts, place, columns, text[side], goals[side])
-                        for side in text
+                        side: _moments(parts, place, columns, batches)
+                        for side, batches in text.items()
                     }
                 refused += _fit(parts, place, columns, moments, damping, made, cut=cut)
             with masked(model, _until(spec, plan, (block.index + 1, "attention")), made):
-                for side, batches in text.items():
-                    for batch, (_, after) in zip(batches, goals[side], strict=True):
-                        batch.advance(parts, block.index, after)
+                for batch in chain(*text.values()):
+                    batch.follow(parts, block.index)
             bar.update()
     return replace(made, notes=fallback_notes(made.facts, refused))
 
@@ -176,14 +178,13 @@ def _moments(
     place: SubBlock,
     columns: Tensor,
     batches: list[TwoStreams],
-    goals: list[tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     """Return mean and covariance of what the kept columns get and of the target, together."""
-    kind, bias = KINDS.index(place[1]), parts.output(*place).bias
+    bias = parts.output(*place).bias
     metric: ChannelCovariance | None = None
-    for number, (batch, after) in enumerate(zip(batches, goals, strict=True)):
+    for number, batch in enumerate(batches):
         inputs, stream = batch.enters(parts, place)
-        target = after[kind] - stream
+        target = batch.goal(place[1]) - stream
         if len(columns) and bias is not None:  # it stays where it is
             target = target - bias
         both = torch.cat([inputs[..., columns.to(inputs.device)], target], -1)[batch.mask]

@@ -13,31 +13,42 @@ if TYPE_CHECKING:
 
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
-    from lit_prune.decoder import DecoderParts, SubBlock
+    from lit_prune.decoder import DecoderParts, SubBlock, SubBlockKind
 
 
 @dataclass(slots=True)
 class TwoStreams:
     """One batch on its way through the decoder, twice. Use inside `quiet`.
 
+    Of each layer the dense model goes first (`lead`), then the pruned one can be looked at
+    (`enters`) and goes after it (`follow`).
+
     Attributes:
         mask: Real tokens, ``[batch, tokens]``.
         arguments: What each layer is told beside its hidden state.
-        dense: Hidden state that enters the next layer of the dense model, ``[batch, tokens,
-            hidden_size]``.
-        pruned: The same of the model that is pruned so far.
+        dense: The dense model's residual stream behind the last layer that it went through,
+            ``[batch, tokens, hidden_size]``; behind its attention, in ``middle``.
+        pruned: The stream of the model that is pruned so far.
     """
 
     mask: Tensor
     arguments: list[dict[str, Any]]
     dense: Tensor
     pruned: Tensor
+    middle: Tensor | None = None
 
-    def goals(self, parts: DecoderParts, layer: int) -> tuple[Tensor, Tensor]:
-        """Return the dense model's stream after the attention and after the MLP of a layer."""
+    def lead(self, parts: DecoderParts, layer: int) -> None:
+        """Take the dense model through a layer."""
         with _inputs_of(parts.layers[layer].get_submodule(parts.norm_path("mlp"))) as middle:
-            after = self._run(parts, layer, self.dense)
-        return middle[0], after
+            self.dense = self._run(parts, layer, self.dense)
+        self.middle = middle[0]
+
+    def goal(self, kind: SubBlockKind) -> Tensor:
+        """Return what the dense model's stream holds behind a sub-block of the layer it led."""
+        if kind == "mlp":
+            return self.dense
+        assert self.middle is not None  # noqa: S101 - the order of calls
+        return self.middle
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and the stream
@@ -48,9 +59,9 @@ class TwoStreams:
             self._run(parts, place[0], self.pruned)
         return inputs[0], stream[0]
 
-    def advance(self, parts: DecoderParts, layer: int, dense: Tensor) -> None:
-        """Leave a layer on both ways: on the dense one with what `goals` returned."""
-        self.pruned, self.dense = self._run(parts, layer, self.pruned), dense
+    def follow(self, parts: DecoderParts, layer: int) -> None:
+        """Take the pruned model through a layer, as that is now."""
+        self.pruned = self._run(parts, layer, self.pruned)
 
     def _run(self, parts: DecoderParts, layer: int, hidden: Tensor) -> Tensor:
         output = parts.layers[layer](hidden, **self.arguments[layer])

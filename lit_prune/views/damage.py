@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lit_prune.decoder import KINDS
@@ -34,11 +35,12 @@ def damage_curves(
     shades = colormaps["viridis"]
     last = max(len(spec.blocks) - 1, 1)
     for number, kind in enumerate(KINDS):
-        axes = clean(figure.add_subplot(1, 2, number + 1))
+        axes, least = clean(figure.add_subplot(1, 2, number + 1)), math.inf
         for outcome in outcomes(spec, plan, kind):
             if outcome.absent or (outcome.layer, kind) not in damage:
                 continue
             curve = damage[outcome.layer, kind].tolist()
+            least = min(least, max(curve))
             share = [removed / outcome.total for removed in range(len(curve))]
             axes.plot(share, curve, color=shades(outcome.layer / last), linewidth=1.2)
             cut = outcome.total - len(outcome.kept)
@@ -47,6 +49,10 @@ def damage_curves(
         axes.set_title(f"{kind}: {UNIT[kind]}s", fontsize=10)
         axes.set(xlabel="removed", ylabel=f"predicted damage ({unit} per token)" * (number == 0))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if least < math.inf:
+            # sub-blocks differ by orders of magnitude: linear up to a hundredth of the least of all
+            axes.set_yscale("symlog", linthresh=least / 100 or 1.0)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.supxlabel("dots: what the plan removes; numbers: layers", fontsize=9)

@@ -168,7 +168,7 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
         (RecordedRun, "without", 5),
         (lit_prune.pruner, "make_plan", 1),
         (lit_prune.pruner, "measure", 1),
-        (TwoStreams, "goals", 3),
+        (TwoStreams, "lead", 3),
         (TwoStreams, "enters", 5),
         (lit_prune.pruner, "applied", 1),
         (StagedEdits, "_assign", 1),
