@@ -113,8 +113,9 @@ def sequential_compensation(
     behind a cut, is fitted without a constant: no parameter is added where nothing is removed.
 
     Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
-    three hidden states ``[tokens, hidden_size]`` of that text, in the dtype of the model, and one
-    joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side.
+    one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and three hidden
+    states ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary
+    directory where they would take more than the weights do.
 
     Args:
         model: The dense model that the plan was made for; it is left as it was.
@@ -143,8 +144,7 @@ def sequential_compensation(
         leave=False,
         disable=None if progress else True,
     )
-    with quiet(model), bar:
-        text = {side: two_streams(parts, rows, side, batch_tokens) for side in _SIDES}
+    with quiet(model), bar, two_streams(parts, rows, _SIDES, batch_tokens) as text:
         for block in spec.blocks:
             for batch in chain(*text.values()):
                 batch.lead(parts, block.index)

@@ -89,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--compile", action="store_true", help="needs a C++ compiler; faster")
+    parser.add_argument("--precision", default="32-true", help="bf16-mixed where the CPU has it")
     return parser.parse_args()
 
 
@@ -106,7 +107,10 @@ def main() -> None:
         for split, dataset in documents.items()
     }
     model = build_model(tokenizer, **SHAPES[options.shape])
-    recipe = Recipe(max_minutes=options.max_minutes, threads=options.threads, seed=options.seed)
+    recipe = Recipe(
+        max_minutes=options.max_minutes, threads=options.threads, seed=options.seed,
+        precision=options.precision,
+    )  # fmt: skip
     if options.compile:
         model.compile()  # in place: names of the weights stay
     module = LanguageModeling(model, recipe)
@@ -115,6 +119,7 @@ def main() -> None:
         devices=1,
         max_epochs=-1,
         gradient_clip_val=1.0,
+        precision=options.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -141,6 +146,7 @@ def main() -> None:
         "minutes": round(module.minutes, 2),
         "cpu": cpu_name(),
         "threads": options.threads,
+        "precision": options.precision,
         "tokens_seen": module.num_tokens,
         "corpus": {
             split: {

@@ -1,10 +1,18 @@
 """Compensation behind the pruned prefix, against whole forwards of the masked model."""
 
 import copy
+import errno
+import itertools
+import shutil
+import tempfile
 
 import pytest
 import torch
 
+from lit_prune.calibration import Row, RowSet
+from lit_prune.calibration import shelf as shelf_module
+from lit_prune.calibration import streams as streams_module
+from lit_prune.calibration.shelf import shelves
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import CalibrationError
@@ -170,3 +178,70 @@ def test_f16_activations_that_are_not_finite_are_named_and_nothing_is_changed():
         model.model.layers[1].mlp.gate_proj.weight[0, 0] = float("inf")
     with unchanged(model), pytest.raises(CalibrationError, match=r"layer [01] .*not finite"):
         sequential_compensation(model, plan, ROWS)
+
+
+@pytest.fixture
+def in_files(monkeypatch, tmp_path):
+    """Hidden states lie in files, however few they are; returns where."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        streams_module, "shelves", lambda expected, _memory, device: shelves(expected, 0, device)
+    )
+    return tmp_path
+
+
+def test_hidden_states_in_files_change_nothing_and_leave_nothing(in_files, monkeypatch):
+    model, plan = model_and_plan()
+    found = sequential_compensation(model, plan, ROWS)
+    assert list(in_files.iterdir()) == []
+    monkeypatch.undo()
+    wanted = sequential_compensation(model, plan, ROWS)
+    assert found.facts == wanted.facts
+    for place, weight in wanted.weights.items():
+        assert torch.equal(found.weights[place], weight)
+
+
+def test_more_hidden_states_than_weights_go_to_files(monkeypatch, tmp_path):
+    model, plan = model_and_plan(vocab_size=64)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    tokens = sum(ROWS.num_tokens(side) for side in ("calibrate", "choose"))
+    repeats = 1 + weights // (3 * tokens * 32 * 4)
+    generator = torch.Generator().manual_seed(5)
+    more = RowSet.of(
+        Row.of(torch.randint(3, 64, (len(row.ids),), generator=generator))
+        for row in ROWS.rows * (1 + repeats)
+    )
+    made = []
+    filed = shelf_module.FiledTensors
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(
+        shelf_module, "FiledTensors", lambda *args: made.append(args[0]) or filed(*args)
+    )
+    sequential_compensation(model, plan, more)
+    assert made
+    assert all(tmp_path in folder.parents for folder in made)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [3, 15])
+def test_a_full_disk_is_said_and_nothing_is_left(in_files, monkeypatch, write):
+    model, plan = model_and_plan()
+    count, save = itertools.count(1), shelf_module.save_file
+
+    def save_until_full(tensors, path):
+        if next(count) == write:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(shelf_module, "save_file", save_until_full)
+    with unchanged(model), pytest.raises(CalibrationError, match=r"No space left.*TMPDIR"):
+        sequential_compensation(model, plan, ROWS)
+    assert list(in_files.iterdir()) == []
+
+
+def test_without_room_hidden_states_stay_in_memory(in_files, monkeypatch, caplog):
+    model, plan = model_and_plan()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
+    sequential_compensation(model, plan, ROWS)
+    assert "stay in memory" in caplog.text
+    assert "TMPDIR" in caplog.text

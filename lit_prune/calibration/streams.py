@@ -6,17 +6,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.shelf import Shelf, shelves
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
     from lit_prune.decoder import DecoderParts, SubBlock, SubBlockKind
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TwoStreams:
     """One batch on its way through the decoder, twice. Use inside `quiet`.
 
@@ -26,29 +29,24 @@ class TwoStreams:
     Attributes:
         mask: Real tokens, ``[batch, tokens]``.
         arguments: What each layer is told beside its hidden state.
-        dense: The dense model's residual stream behind the last layer that it went through,
-            ``[batch, tokens, hidden_size]``; behind its attention, in ``middle``.
-        pruned: The stream of the model that is pruned so far.
+        shelf: Residual streams, ``[batch, tokens, hidden_size]`` each: ``dense`` and ``pruned``
+            behind the last layer that either went through, and ``middle``, behind the attention
+            of the last layer that the dense one went through.
     """
 
     mask: Tensor
     arguments: list[dict[str, Any]]
-    dense: Tensor
-    pruned: Tensor
-    middle: Tensor | None = None
+    shelf: Shelf
 
     def lead(self, parts: DecoderParts, layer: int) -> None:
         """Take the dense model through a layer."""
         with _inputs_of(parts.layers[layer].get_submodule(parts.norm_path("mlp"))) as middle:
-            self.dense = self._run(parts, layer, self.dense)
-        self.middle = middle[0]
+            self.shelf["dense"] = self._run(parts, layer, self.shelf["dense"])
+        self.shelf["middle"] = middle[0]
 
     def goal(self, kind: SubBlockKind) -> Tensor:
         """Return what the dense model's stream holds behind a sub-block of the layer it led."""
-        if kind == "mlp":
-            return self.dense
-        assert self.middle is not None  # noqa: S101 - the order of calls
-        return self.middle
+        return self.shelf["dense" if kind == "mlp" else "middle"]
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and the stream
@@ -56,12 +54,12 @@ class TwoStreams:
         """  # noqa: D205 - one sentence
         norm = parts.layers[place[0]].get_submodule(parts.norm_path(place[1]))
         with _inputs_of(norm) as stream, _inputs_of(parts.output(*place)) as inputs:
-            self._run(parts, place[0], self.pruned)
+            self._run(parts, place[0], self.shelf["pruned"])
         return inputs[0], stream[0]
 
     def follow(self, parts: DecoderParts, layer: int) -> None:
         """Take the pruned model through a layer, as that is now."""
-        self.pruned = self._run(parts, layer, self.pruned)
+        self.shelf["pruned"] = self._run(parts, layer, self.shelf["pruned"])
 
     def _run(self, parts: DecoderParts, layer: int, hidden: Tensor) -> Tensor:
         output = parts.layers[layer](hidden, **self.arguments[layer])
@@ -69,25 +67,57 @@ class TwoStreams:
         return found
 
 
+@contextmanager
 def two_streams(
-    parts: DecoderParts, rows: RowSet, side: Side, batch_tokens: int
-) -> list[TwoStreams]:
-    """Run one side once; keep what enters the decoder, and what every layer is told beside.
+    parts: DecoderParts, rows: RowSet, sides: Sequence[Side], batch_tokens: int
+) -> Iterator[dict[Side, list[TwoStreams]]]:
+    """Run the sides once; keep what enters the decoder, and what every layer is told beside.
+
+    Hidden states that would take more memory than the weights lie in a temporary directory.
 
     Args:
         parts: The dense model's parts.
         rows: The text.
-        side: Which of it.
+        sides: Which of it.
         batch_tokens: Tokens of one forward.
     """
-    device = next(parts.model.parameters()).device
-    found = []
-    for batch in rows.batches(side, batch_tokens):
-        with _calls_of(parts.layers) as calls:
-            parts.model.base_model(**batch.model_inputs(device), use_cache=False)
-        entered, mask = calls[0][0], batch.attention_mask.to(device)
-        found.append(TwoStreams(mask, [told for _, told in calls], entered, entered))
-    return found
+    first = next(parts.model.parameters())
+    padded = sum(
+        batch.attention_mask.numel() for side in sides for batch in rows.batches(side, batch_tokens)
+    )
+    expected = 3 * padded * parts.hidden_size * first.element_size()
+    weights = sum(parameter.nbytes for parameter in parts.model.parameters())
+    with shelves(expected, weights, first.device) as new_shelf:
+        found: dict[Side, list[TwoStreams]] = {side: [] for side in sides}
+        told: list[dict[str, Any]] = []
+        for side in sides:
+            for batch in rows.batches(side, batch_tokens):
+                with _calls_of(parts.layers) as calls:
+                    parts.model.base_model(**batch.model_inputs(first.device), use_cache=False)
+                mask = batch.attention_mask.to(first.device)
+                told = _shared([arguments for _, arguments in calls], told)
+                shelf = new_shelf()
+                shelf["dense"] = shelf["pruned"] = calls[0][0]
+                found[side].append(TwoStreams(mask, told, shelf))
+        yield found
+
+
+def _shared(told: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the layers were told; of the batch before where it is the same, to hold it once.
+
+    Positions and masks of like batches are equal, and of long texts they are many.
+    """
+    return before if len(told) == len(before) and all(map(_same, told, before)) else told
+
+
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or (one.dtype == other.dtype and torch.equal(one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or (isinstance(one, bool | int | float | str) and one == other)
 
 
 @contextmanager
