@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 HALF := .venv-half-built
+LLAMA_CPP := 0.3.36
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # pip refuses to touch the Python that lies under a broken .venv.
@@ -12,12 +13,13 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format bench clean
+.PHONY: help demo test slow gguf-test lint format bench clean
 
 help:
 	@echo "make demo    fine-tune the shipped model, prune it by 30 %, save it, reload it (offline)"
 	@echo "make test    the test suite, without the slow tests"
 	@echo "make slow    the slow tests"
+	@echo "make gguf-test  build llama.cpp (some ten minutes, needs a C++ compiler), and run saved files in it"
 	@echo "make lint    ruff, format check, mypy"
 	@echo "make format  let ruff mend what it can"
 	@echo "make bench   what pruning costs and what it brings, as ratios"
@@ -31,6 +33,13 @@ test: $(READY)
 
 slow: $(READY)
 	@$(BIN)/python -m pytest -q -m slow
+
+# Not in the constraints: nothing else needs it, and it is built from source.
+gguf-test: $(READY)
+	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null \
+		|| { echo "building llama-cpp-python $(LLAMA_CPP) (once; some ten minutes on two cores)"; \
+		     $(PIP) install -qq -c .ci/constraints.txt llama-cpp-python==$(LLAMA_CPP); }
+	@$(BIN)/python -m pytest -q -m gguf
 
 lint: $(READY)
 	@failed=0; \

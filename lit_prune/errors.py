@@ -32,7 +32,7 @@ class FormatError(ConfigError):
         format 'stock' cannot hold this model: layer 2 has no MLP. These can: heterogeneous.
     """
 
-    def __init__(self, name: str, reason: str, *, instead: str | None) -> None:
+    def __init__(self, name: str, reason: str, *, instead: str | None = None) -> None:
         self.reason = reason
         remedy = "" if instead is None else f" These can: {instead}."
         super().__init__(f"format {name!r} cannot hold this model: {reason}.{remedy}")

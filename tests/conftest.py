@@ -1,5 +1,6 @@
 """Settings for the whole suite, made before anything imports torch or transformers."""
 
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,11 +15,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device"
+    if importlib.util.find_spec("llama_cpp") is None:
+        missing["gguf"] = "needs llama-cpp-python: make gguf-test"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for marker in missing.keys() & item.keywords.keys():
+            item.add_marker(pytest.mark.skip(reason=missing[marker]))
 
 
 # ---- model fixtures (the builders are in tests/models.py) ----

@@ -25,7 +25,6 @@ def model_card(
     *,
     name: str,
     why: str,
-    tokenizer: bool,
     verify: bool,
     rounded: bool,
     plan: PruningPlan | None,
@@ -38,7 +37,6 @@ def model_card(
         prepared: What its format makes of it.
         name: Of the directory.
         why: Why this format.
-        tokenizer: Whether a tokenizer lies beside it.
         verify: Whether it is compared in a fresh process before it takes its place.
         rounded: Whether its rotary frequencies are other bits than its config gives.
         plan: What stayed.
@@ -55,7 +53,7 @@ def model_card(
     parts += [
         "## Load it",
         f"Format `{prepared.format}` ({why}).",
-        how_to_load(prepared, name, tokenizer=tokenizer),
+        how_to_load(prepared, name),
         "\n".join(f"- {note}" for note in prepared.notes),
         "## Limits",
         _limits(prepared, verify=verify, rounded=rounded),
@@ -106,57 +104,26 @@ def _calibration(report: PruningReport) -> str:
     )
 
 
-def how_to_load(prepared: Prepared, name: str, *, tokenizer: bool) -> str:
+def how_to_load(prepared: Prepared, name: str) -> str:
     """Return the exact lines, in every way that works."""
-    mapped = f"AutoModelForCausalLM.from_pretrained({name!r}"
-    auto = "from transformers import AutoModelForCausalLM"
-    ours = ["from lit_prune import load_pruned", "", f"model = load_pruned({name!r})"]
-    if tokenizer:
-        ours += ["", "from transformers import AutoTokenizer", ""]
-        ours += [f"tokenizer = AutoTokenizer.from_pretrained({name!r})"]
-    ways = [("", ours)]
-    if prepared.code is None:
-        ways += [
-            ("With plain transformers, nothing else installed:", [auto, "", f"model = {mapped})"])
-        ]
-    else:
-        ways += [
-            (
-                "With transformers, once lit_prune is imported:",
-                [auto, "", "import lit_prune", "", f"model = {mapped})"],
-            ),
-            (
-                "With transformers alone. This runs the model file of this directory "
-                f"(`{prepared.code.name}`, its hash is in `MANIFEST.json`); read it first:",
-                [auto, "", f"model = {mapped}, trust_remote_code=True)"],
-            ),
-        ]
-    blocks = [[words, "", "```python", *lines, "```"] for words, lines in ways]
+    blocks = [
+        [words, "", "```sh" if lines[0].startswith("llama-") else "```python", *lines, "```"]
+        for words, lines in prepared.ways(name)
+    ]
     return "\n\n".join("\n".join(block).strip() for block in blocks)
 
 
 def _limits(prepared: Prepared, *, verify: bool, rounded: bool) -> str:
     lines = ["Perplexity on some text is not fitness for a task: measure yours."]
-    if prepared.code is not None:
-        lines.append(
-            "Layers differ in width (or hold biases, or lack parts) that no stock class expresses: "
-            "servers that expect a stock model refuse this directory. For them, save with "
-            "`format='padded'`, or prune with uniform widths and save with `format='stock'`."
-        )
-    if prepared.format == "padded":
-        lines.append(
-            "What was pruned is back as zeros: this directory is for servers that need a stock "
-            "model. It is as large and as slow as its widest layer."
-        )
+    lines += prepared.limits()
     if rounded:
         lines.append(
-            "The rotary frequencies were rounded with the weights (`buffers.safetensors`). Plain "
-            "transformers makes them afresh in float32: its logits differ a little from the "
-            "measured ones."
+            f"The rotary frequencies were rounded with the weights. {prepared.reader} makes them "
+            "afresh in float32: its logits differ a little from the measured ones."
         )
     lines.append(
-        "Loaded in a fresh process and compared with the model in memory before it was put here: "
-        "see `verification` in `MANIFEST.json`. No inference server was run."
+        "Looked at in a fresh process before it was put here, and compared with the model in "
+        "memory: how far, says `verification` in `MANIFEST.json`. No inference server was run."
         if verify
         else "Saved with `verify=False`: it was not loaded and compared."
     )

@@ -14,7 +14,7 @@ from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
 from lit_prune.saving.difference import difference, other_trait
-from lit_prune.saving.prepared import Prepared, plain_config
+from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.skeleton import as_read, build, stock_classes
 from lit_prune.saving.weights import dtypes_of, tensors_of
 
@@ -56,7 +56,7 @@ TARGETS = {
 CARRIER = "granite"
 
 
-def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> Prepared:
+def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> PreparedDirectory:
     """Prepare a decoder of one width in its own stock class, or else in the carrier.
 
     Args:
@@ -69,14 +69,23 @@ def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> Prep
         FormatError: If neither class can hold it; says what blocks each.
     """
     needed = _needed(body)
-    own = body.family.model_type
     refusals = []
-    for target in dict.fromkeys((own, CARRIER)):
+    for target in _targets(body):
         reason = _blocked(model, body, widths, target, needed)
         if reason is None:
             return _in(model, body, widths, target, needed, name)
         refusals.append(reason)
-    raise FormatError(name, "; ".join(refusals), instead="heterogeneous")
+    raise FormatError(name, "; ".join(refusals))
+
+
+def can_carry(model: PreTrainedModel, body: Body, widths: Widths) -> bool:
+    """Return whether `carry` would find a class, without making anything."""
+    needed = _needed(body)
+    return any(_blocked(model, body, widths, target, needed) is None for target in _targets(body))
+
+
+def _targets(body: Body) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((body.family.model_type, CARRIER)))
 
 
 def _needed(body: Body) -> dict[str, int]:
@@ -133,7 +142,7 @@ def _in(
     target: str,
     needed: dict[str, int],
     name: str,
-) -> Prepared:
+) -> PreparedDirectory:
     """Write the decoder in the terms of one stock class."""
     can, (config_class, model_class) = TARGETS[target], stock_classes(target)
     flags = {flag: bool(group & needed.keys()) for flag, group in can.flags.items()}
@@ -179,7 +188,6 @@ def _in(
         raise FormatError(
             name,
             f"rebuilt from its own config it differs in {found}. Was a module replaced by hand?",
-            instead=None,
         )
     notes = [*body.notes, *_taxes(model, skeleton)]
     if relabelled:
@@ -200,8 +208,8 @@ def _prepared(
     *,
     verbatim: bool = False,
     notes: tuple[str, ...] = (),
-) -> Prepared:
-    return Prepared(
+) -> PreparedDirectory:
+    return PreparedDirectory(
         format=name,
         config=config,
         tensors=tensors,

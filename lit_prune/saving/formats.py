@@ -9,29 +9,34 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import ConfigError, FormatError, did_you_mean
+from lit_prune.saving.gguf import gguf
 from lit_prune.saving.heterogeneous import heterogeneous
-from lit_prune.saving.padded import padded
+from lit_prune.saving.padded import can_pad, padded
 from lit_prune.saving.prepared import Prepared
 from lit_prune.saving.stock import stock
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FORMATS: dict[str, Callable[[Any], Prepared]] = {
     "stock": stock,
     "heterogeneous": heterogeneous,
     "padded": padded,
+    "gguf": gguf,
 }
 # What ``auto`` tries, in order: these lose nothing and add (next to) nothing.
 LOSSLESS = ("stock", "heterogeneous")
 
 
-def prepare(model: PreTrainedModel, name: str) -> tuple[Prepared, str]:
+def prepare(
+    model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Prepared, str]:
     """Return what is to be written, and why in this format, in words.
 
     Args:
         model: A causal language model of a supported family.
         name: A key of `FORMATS`, or ``auto``.
+        tokenizer: What is saved beside it.
 
     Raises:
         ConfigError: If there is no such format.
@@ -51,7 +56,10 @@ def prepare(model: PreTrainedModel, name: str) -> tuple[Prepared, str]:
             raise ConfigError(
                 f"format must be one of {known}, got {name!r}{did_you_mean(str(name), known)}."
             )
-        return FORMATS[name](model), f"{name} was asked for"
+        try:
+            return FORMATS[name](model).with_tokenizer(tokenizer), f"{name} was asked for"
+        except FormatError as error:
+            raise FormatError(name, error.reason, instead=_instead(model, name)) from error
     refusals: list[str] = []
     for candidate in LOSSLESS:
         try:
@@ -60,5 +68,18 @@ def prepare(model: PreTrainedModel, name: str) -> tuple[Prepared, str]:
             refusals.append(error.reason)
             continue
         because = "; ".join(refusals) or f"{prepared.class_name} of plain transformers holds it"
-        return prepared, f"auto took {candidate}: {because}"
-    raise FormatError("auto", "; ".join(refusals), instead=None)
+        return prepared.with_tokenizer(tokenizer), f"auto took {candidate}: {because}"
+    raise FormatError("auto", "; ".join(refusals), instead=_instead(model, "auto"))
+
+
+def _instead(model: PreTrainedModel, refused: str) -> str | None:
+    """Name the formats that can hold what another cannot."""
+    words = []
+    try:
+        heterogeneous(model)
+        words.append("heterogeneous (exact)")
+    except FormatError:  # a module was replaced by hand: no format holds it
+        return None
+    if can_pad(model):
+        words.append("padded (with zeros)")
+    return ", ".join(word for word in words if not word.startswith(refused)) or None

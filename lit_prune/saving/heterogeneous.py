@@ -15,7 +15,7 @@ from lit_prune.decoder.layout import layout_of
 from lit_prune.errors import FormatError
 from lit_prune.saving.difference import difference
 from lit_prune.saving.models import auto_map, class_names, model_file
-from lit_prune.saving.prepared import Prepared, plain_config
+from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.skeleton import as_read, build
 from lit_prune.saving.weights import tensors_of
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MEANINGLESS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-def heterogeneous(model: PreTrainedModel) -> Prepared:
+def heterogeneous(model: PreTrainedModel) -> PreparedDirectory:
     """Prepare a model whose layers may differ in every respect that pruning knows.
 
     Raises:
@@ -51,10 +51,9 @@ def heterogeneous(model: PreTrainedModel) -> Prepared:
         raise FormatError(
             "heterogeneous",
             f"rebuilt from its own config it differs in {found}. Was a module replaced by hand?",
-            instead=None,
         )
     tensors, ties = tensors_of(model)
-    return Prepared(
+    return PreparedDirectory(
         format="heterogeneous",
         config=config,
         tensors=tensors,

@@ -17,7 +17,7 @@ from lit_prune.saving.buffers import restore_buffers
 from lit_prune.saving.extras import GENERATION, read_generation_config
 from lit_prune.saving.files import inside, parse_json, read_json, read_text
 from lit_prune.saving.manifest import Manifest
-from lit_prune.saving.prepared import CONFIG
+from lit_prune.saving.prepared import CONFIG, GGUF_FILE
 from lit_prune.saving.skeleton import build, family_named
 from lit_prune.saving.weights import BUFFERS, DTYPES, read_shapes, read_tensors, tensors_of
 
@@ -58,6 +58,11 @@ def load_pruned(
     if dtype is not None and dtype not in DTYPES.values():
         raise ConfigError(f"dtype must be one of {sorted(DTYPES)} of torch, got {dtype!r}.")
     manifest = Manifest.read(directory)
+    if GGUF_FILE in manifest.files:
+        raise ArtifactError(
+            f"{directory} holds {GGUF_FILE}, which llama.cpp reads: llama_cpp.Llama("
+            f"'{directory / GGUF_FILE}'). load_pruned reads the other formats."
+        )
     for name in (CONFIG, *(() if manifest.weights else ("model.safetensors",))):
         if name not in manifest.files:
             raise ArtifactError(

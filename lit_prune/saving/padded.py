@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_prune.saving.body import Widths, body_of
-from lit_prune.saving.carrier import carry
+from lit_prune.saving.carrier import can_carry, carry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lit_prune.saving.prepared import Prepared
+    from lit_prune.saving.prepared import PreparedDirectory
 
 
-def padded(model: PreTrainedModel) -> Prepared:
+def padded(model: PreTrainedModel) -> PreparedDirectory:
     """Prepare a model in the widths of its widest layer.
 
     A query or key head of zeros attends evenly to values of zeros, and meets columns of zeros in
@@ -28,3 +28,9 @@ def padded(model: PreTrainedModel) -> Prepared:
     """
     body = body_of(model)
     return carry(model, body, Widths.of(body), "padded")
+
+
+def can_pad(model: PreTrainedModel) -> bool:
+    """Return whether `padded` can hold a model, without making the zeros."""
+    body = body_of(model)
+    return can_carry(model, body, Widths.of(body))

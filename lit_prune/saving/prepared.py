@@ -3,62 +3,120 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import override
 
 from lit_prune.decoder import DecoderParts, fingerprint
+from lit_prune.saving.extras import write_tokenizer
 from lit_prune.saving.files import write_json
 from lit_prune.saving.skeleton import as_read
-from lit_prune.saving.weights import tensors_of, write_weights
+from lit_prune.saving.weights import digest, tensors_of, write_weights
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
+GGUF_FILE = "model.gguf"
 # Of our own classes, and of the directory a model came from.
 _NOT_CARRIED = {"model_type", "per_layer_config", "biases", "constants", "auto_map"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
-    """A Hugging Face directory in the making.
+class Prepared(ABC):
+    """A saved model in the making.
 
     Attributes:
         format: Key of the registry.
-        config: Content of ``config.json``.
-        tensors: The weights under their stored names.
-        ties: Further name → the stored name.
-        skeleton: What the config builds, without weights.
+        skeleton: The structure of the model, without weights, as transformers builds it.
         verbatim: Whether the weights are those of the model, and the structure too. Otherwise it
             computes the same up to the order of sums.
         notes: What was done to the model, and what it costs, in sentences.
-        code: Model file that travels beside it, for those without this package.
+        tokenizer: What is saved beside the weights.
+        code: Model file that travels beside them, for those without this package.
+        checker: The script that looks at the result in a fresh process.
+        reader: Who loads it, at the start of a sentence.
     """
 
     format: str
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    ties: dict[str, str]
     skeleton: PreTrainedModel
     verbatim: bool
     notes: tuple[str, ...] = ()
+    tokenizer: PreTrainedTokenizerBase | None = None
     code: Path | None = None
 
+    checker: ClassVar[str]
+    reader: ClassVar[str]
+
     @property
+    @abstractmethod
     def class_name(self) -> str:
-        """Name of the class that the directory loads as."""
+        """Name of the class that it loads as."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Size of the weights."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest says about the architecture."""
+
+    @abstractmethod
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> Prepared:
+        """Return the same with what is saved beside the weights."""
+
+    @abstractmethod
+    def write(self, folder: Path, max_shard_bytes: int) -> None:
+        """Write weights, what describes them, and the tokenizer."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what `checker` must know, as JSON."""
+
+    @abstractmethod
+    def ways(self, name: str) -> list[tuple[str, list[str]]]:
+        """Return how to load the directory ``name``: words, and lines of code."""
+
+    @abstractmethod
+    def limits(self) -> list[str]:
+        """Return what not to expect, in sentences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedDirectory(Prepared):
+    """A Hugging Face directory in the making.
+
+    Attributes:
+        config: Content of ``config.json``.
+        tensors: The weights under their stored names.
+        ties: Further name → the stored name.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    ties: dict[str, str]
+
+    checker = "check.py"
+    reader = "Plain transformers"
+
+    @property
+    @override
+    def class_name(self) -> str:
         return type(self.skeleton).__name__
 
     @property
+    @override
     def num_bytes(self) -> int:
-        """Size of the weights."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @override
     def describe(self) -> dict[str, Any]:
-        """Return what the manifest says about the architecture."""
         return {
             "format": self.format,
             "class": self.class_name,
@@ -70,12 +128,67 @@ class Prepared:
             "notes": list(self.notes),
         }
 
+    @override
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> PreparedDirectory:
+        return replace(self, tokenizer=tokenizer)
+
+    @override
     def write(self, folder: Path, max_shard_bytes: int) -> None:
-        """Write weights, config and model file."""
         write_weights(folder, self.tensors, max_shard_bytes)
         write_json(folder / CONFIG, self.config)
         if self.code is not None:
             shutil.copyfile(self.code, folder / self.code.name)
+        if self.tokenizer is not None:
+            write_tokenizer(self.tokenizer, folder)
+
+    @override
+    def facts(self) -> dict[str, Any]:
+        return {
+            "code": self.code and self.code.name,
+            "class": self.class_name,
+            "digest": digest(self.tensors, self.ties),
+            "verbatim": self.verbatim,
+        }
+
+    @override
+    def ways(self, name: str) -> list[tuple[str, list[str]]]:
+        mapped = f"AutoModelForCausalLM.from_pretrained({name!r}"
+        auto = "from transformers import AutoModelForCausalLM"
+        ours = ["from lit_prune import load_pruned", "", f"model = load_pruned({name!r})"]
+        if self.tokenizer is not None:
+            ours += ["", "from transformers import AutoTokenizer", ""]
+            ours += [f"tokenizer = AutoTokenizer.from_pretrained({name!r})"]
+        if self.code is None:
+            plain = [auto, "", f"model = {mapped})"]
+            return [("", ours), ("With plain transformers, nothing else installed:", plain)]
+        return [
+            ("", ours),
+            (
+                "With transformers, once lit_prune is imported:",
+                [auto, "", "import lit_prune", "", f"model = {mapped})"],
+            ),
+            (
+                "With transformers alone. This runs the model file of this directory "
+                f"(`{self.code.name}`, its hash is in `MANIFEST.json`); read it first:",
+                [auto, "", f"model = {mapped}, trust_remote_code=True)"],
+            ),
+        ]
+
+    @override
+    def limits(self) -> list[str]:
+        if self.code is not None:
+            return [
+                "Layers differ in width (or hold biases, or lack parts) that no stock class "
+                "expresses: servers that expect a stock model refuse this directory. For them, "
+                "save with `format='padded'`, or prune with uniform widths and save with "
+                "`format='stock'`."
+            ]
+        if self.format == "padded":
+            return [
+                "What was pruned is back as zeros: this directory is for servers that need a stock "
+                "model. It is as large and as slow as its widest layer."
+            ]
+        return []
 
 
 def plain_config(model: PreTrainedModel) -> dict[str, Any]:

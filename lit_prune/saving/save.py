@@ -12,7 +12,7 @@ from lit_prune.errors import ConfigError, PlanMismatchError
 from lit_prune.record import PruningRecord
 from lit_prune.saving.buffers import buffers_to_save
 from lit_prune.saving.card import model_card
-from lit_prune.saving.extras import write_generation_config, write_tokenizer
+from lit_prune.saving.extras import write_generation_config
 from lit_prune.saving.formats import prepare
 from lit_prune.saving.load import PLAN, REPORT
 from lit_prune.saving.manifest import Manifest
@@ -66,6 +66,10 @@ def save_pruned(
                               beside the weights. Every layer in its own size.
     ``padded``                as ``stock``, any plan: what is missing is put back as zeros. Exact,
                               at the cost that the card states.
+    ``gguf``                  llama.cpp: one file. Layers that are alike in their own architecture,
+                              others in one that has sizes for every block. Needs
+                              ``pip install 'lit-prune[gguf]'``; run before it is put in place
+                              where llama-cpp-python is installed.
     ``auto``                  the first of ``stock`` and ``heterogeneous`` that can hold it
     ========================  ====================================================================
 
@@ -80,7 +84,7 @@ def save_pruned(
         compensation: Constants that stood in for what was cut.
         overwrite: Replace what an earlier `save_pruned` wrote there. Nothing else is ever deleted.
         verify: Load the directory in a fresh process and compare before it takes its place.
-        max_shard_bytes: Split larger weights into files of at most this size.
+        max_shard_bytes: Split larger weights into files of at most this size (not ``gguf``).
 
     Returns:
         ``directory``.
@@ -117,16 +121,14 @@ def save_pruned(
     spec = spec_for(model)
     plan, report = _travelling(model, plan, report)
     _refuse_strangers(plan, report, calibration, compensation)
-    prepared, why = prepare(model, format)
+    prepared, why = prepare(model, format, tokenizer)
     architecture = {"family": spec.model_type, "why": why, **prepared.describe()}
     buffers = buffers_to_save(model, prepared.skeleton)
     with staged(directory, overwrite=overwrite, num_bytes=prepared.num_bytes) as folder:
         prepared.write(folder, max_shard_bytes)
-        if buffers:
+        if buffers and prepared.checker == "check.py":
             write_tensors(folder / BUFFERS, buffers)
         write_generation_config(model, folder)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, folder)
         if plan is not None:
             (folder / PLAN).write_text(plan.to_json(), encoding="utf-8")
         if report is not None:
@@ -140,7 +142,6 @@ def save_pruned(
             prepared,
             name=directory.resolve().name,
             why=why,
-            tokenizer=tokenizer is not None,
             verify=verify,
             rounded=bool(buffers),
             plan=plan,
@@ -152,8 +153,8 @@ def save_pruned(
         )
         manifest.write(folder)
         if verify:
-            words = verify_saved(model, folder, prepared)
-            replace(manifest, verified=True, verification=words).write(folder)
+            found = verify_saved(model, folder, prepared)
+            replace(manifest, verified=found.compared, verification=found.words).write(folder)
     _log.info("Saved %s as %s (%s).", directory, prepared.format, why)
     return directory
 

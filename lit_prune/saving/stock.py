@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.saving.body import Body
-    from lit_prune.saving.prepared import Prepared
+    from lit_prune.saving.prepared import PreparedDirectory
 
 
-def stock(model: PreTrainedModel) -> Prepared:
+def stock(model: PreTrainedModel) -> PreparedDirectory:
     """Prepare a model whose layers are alike: in its own class, or in one that holds its biases.
 
     Depth is free: empty layers leave, and a constant in place of the first ones moves into the
@@ -51,4 +51,4 @@ def _refuse_differences(body: Body) -> None:
 
 
 def _refused(reason: str) -> FormatError:
-    return FormatError("stock", reason, instead="heterogeneous (exact), padded (with zeros)")
+    return FormatError("stock", reason)

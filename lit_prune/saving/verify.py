@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -21,7 +22,7 @@ import torch
 
 from lit_prune.decoder import quiet
 from lit_prune.errors import ArtifactError
-from lit_prune.saving.weights import BUFFERS, digest, dtypes_of, write_tensors
+from lit_prune.saving.weights import BUFFERS, dtypes_of, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_SECONDS = 3600
+ONLY_READ = 3  # exit status of a check that could read the file, and had nothing to run it with
 # Of a launcher around this process: the fresh one is alone, and off the network.
 _NOT_INHERITED = (
     "RANK",
@@ -44,8 +46,21 @@ _NOT_INHERITED = (
 )
 
 
-def verify_saved(model: PreTrainedModel, directory: Path, prepared: Prepared) -> str:
-    """Load ``directory`` in a fresh process, without and with this package; compare with ``model``.
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a fresh process said.
+
+    Attributes:
+        compared: Whether it ran the saved model, and compared what came out.
+        words: What was done.
+    """
+
+    compared: bool
+    words: str
+
+
+def verify_saved(model: PreTrainedModel, directory: Path, prepared: Prepared) -> Verification:
+    """Load ``directory`` in a fresh process; compare with ``model``.
 
     Args:
         model: What was saved.
@@ -53,7 +68,7 @@ def verify_saved(model: PreTrainedModel, directory: Path, prepared: Prepared) ->
         prepared: What the directory should hold.
 
     Returns:
-        What was compared, in words.
+        What was compared.
 
     Raises:
         ArtifactError: If anything differs, or the process cannot be started.
@@ -61,15 +76,12 @@ def verify_saved(model: PreTrainedModel, directory: Path, prepared: Prepared) ->
     ids = random_ids(model.config.vocab_size)
     about = {
         "attention": getattr(model.config, "_attn_implementation", None),
-        "class": prepared.class_name,
-        "code": prepared.code and prepared.code.name,
-        "digest": digest(prepared.tensors, prepared.ties),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "on_cpu": next(model.parameters()).device.type == "cpu",
         "one_dtype": len(dtypes_of(model)) == 1,
         "package": str(ROOT),
         "rounded": (directory / BUFFERS).exists(),
-        "verbatim": prepared.verbatim,
+        **prepared.facts(),
     }
     with TemporaryDirectory(prefix="lit_prune-") as folder:
         reference = Path(folder) / "reference.safetensors"
@@ -78,7 +90,7 @@ def verify_saved(model: PreTrainedModel, directory: Path, prepared: Prepared) ->
             {"logits": logits_of(model, ids), "ids": ids},
             {"lit_prune": json.dumps(about)},
         )
-        return _run(directory, reference)
+        return _run(prepared.checker, directory, reference)
 
 
 def random_ids(vocabulary: int) -> Tensor:
@@ -106,7 +118,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(directory: Path, reference: Path) -> str:
+def _run(checker: str, directory: Path, reference: Path) -> Verification:
     environment = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
     environment |= {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -117,7 +129,7 @@ def _run(directory: Path, reference: Path) -> str:
     command = [
         sys.executable,
         "-P",
-        str(Path(__file__).with_name("check.py")),
+        str(Path(__file__).with_name(checker)),
         str(directory.resolve()),
         str(reference),
     ]
@@ -135,10 +147,10 @@ def _run(directory: Path, reference: Path) -> str:
         raise ArtifactError(
             f"the saved model could not be checked in a fresh process: {error}. {remedy}"
         ) from error
-    if done.returncode:
+    if done.returncode not in (0, ONLY_READ):
         words = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] or ["no message"]
         raise ArtifactError(
             "the saved model is not the one in memory, or cannot be loaded in a fresh process "
             f"(exit {done.returncode}): {words[0]} Nothing was saved. {remedy}"
         )
-    return done.stdout.strip().splitlines()[-1]
+    return Verification(done.returncode == 0, done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,5 @@
+"""Format ``gguf``: one file that llama.cpp runs."""
+
+from lit_prune.saving.gguf.prepared import gguf
+
+__all__ = ["gguf"]
