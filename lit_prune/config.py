@@ -70,11 +70,17 @@ class PruningConfig:
             models where 64 channels are too coarse a step for the ratio; the plan records the
             value.
         min_kv_groups: Least KV groups that an attention keeps (unless it is removed whole).
+        tensor_parallel: Number of devices that one layer will be spread over. Kept query heads and
+            kept MLP channels are multiples of it, kept KV groups too (or a divisor of it, as
+            servers copy KV heads).
         compensation: ``mean`` puts the mean output of what was cut into a bias; ``least_squares``
             also folds its conditional mean into the columns that stay; ``sequential`` fits them,
             layer by layer behind what was cut before, so that the residual stream meets the dense
             model's (some four forwards over the text, once a plan stands); ``none`` does nothing.
             None: what the preset's paper does.
+        add_biases: False adds no bias anywhere, for a place of deployment that has none there
+            (the stock classes of Mistral and Qwen, Qwen3 in llama.cpp): ``sequential`` then fits
+            weights alone, and nothing stands in for a sub-block that goes whole.
         language_model: Path of the causal language model inside the module; None finds the only
             one.
 
@@ -150,7 +156,9 @@ class PruningConfig:
     protected_layers: tuple[int, ...] = ()
     channel_multiple: int | None = None
     min_kv_groups: int = 1
+    tensor_parallel: int = 1
     compensation: Compensator | None = None
+    add_biases: bool = True
     language_model: str | None = None
 
     estimator: Literal["logstd_sum", "std_sum", "logdet"] = "logstd_sum"
@@ -228,8 +236,14 @@ class PruningConfig:
             raise ConfigError(
                 "budget 'latency' needs a prompt to measure, got latency_prompt_tokens 0."
             )
-        if not isinstance(self.cap_clusters, bool):
-            raise ConfigError(f"cap_clusters must be true or false, got {self.cap_clusters!r}.")
+        for name in ("cap_clusters", "add_biases"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {value!r}.")
+        if (self.channel_multiple or self.tensor_parallel) % self.tensor_parallel:
+            raise ConfigError(
+                f"channel_multiple {self.channel_multiple} is no multiple of tensor_parallel "
+                f"{self.tensor_parallel}: the kept channels could not be spread evenly."
+            )
         for name in ("preset", "language_model"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "preset" or value is not None):
@@ -253,6 +267,11 @@ class PruningConfig:
             raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
         if name == "seed" and value >= 2**32:  # scikit-learn takes 32 bits
             raise ConfigError(f"seed must be below 2**32, got {value}.")
+
+    @property
+    def adds_constants(self) -> bool:
+        """Whether what is cut leaves a bias behind."""
+        return self.add_biases and self.compensation != "none"
 
     def prompt_tokens(self, longest: int | None) -> int:
         """Return the prompt that latency and FLOPs are stated for, at most what a model can read.

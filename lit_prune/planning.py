@@ -215,7 +215,7 @@ def make_plan(
     solved: dict[SubBlock, dict[tuple[int, ...], Solved]] = {}
 
     def compensation_of(plan: PruningPlan) -> Compensation | None:
-        if config.compensation == "none":
+        if not config.adds_constants:  # `compensated` fits what needs none
             return None
         if config.compensation == "mean":
             return mean_compensation(

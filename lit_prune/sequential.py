@@ -83,6 +83,7 @@ def compensated(
         calibration.rows,
         damping=config.damping,
         removed_mean=config.removed_mean,
+        add_biases=config.add_biases,
         protected_layers=config.protected_layers,
         weights=None if draft is None else draft.weights_digest,
         batch_tokens=config.replay_batch_tokens,
@@ -99,6 +100,7 @@ def sequential_compensation(
     *,
     damping: float = 0.01,
     removed_mean: Literal["add", "drop"] = "add",
+    add_biases: bool = True,
     protected_layers: Sequence[int] = (),
     weights: str | None = None,
     batch_tokens: int = 8192,
@@ -124,6 +126,8 @@ def sequential_compensation(
             side.
         damping: Centre of the dampings tried, as a fraction of the mean variance.
         removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
+        add_biases: False fits weights alone, about zero, and leaves nothing in place of whole
+            sub-blocks.
         protected_layers: Layers whose weights stay as they are.
         weights: `weights_digest` of the model, where it is known.
         batch_tokens: Tokens of one forward.
@@ -156,7 +160,7 @@ def sequential_compensation(
                 if (
                     not changed  # both streams are the same so far
                     or block.index in protected_layers
-                    or (not kept and removed_mean == "drop")
+                    or (not kept and (removed_mean == "drop" or not add_biases))
                 ):
                     continue
                 columns = unit_columns(kept, part.unit_width)
@@ -165,7 +169,9 @@ def sequential_compensation(
                         side: _moments(parts, place, columns, batches)
                         for side, batches in text.items()
                     }
-                refused += _fit(parts, place, columns, moments, damping, made, cut=cut)
+                refused += _fit(
+                    parts, place, columns, moments, damping, made, cut=cut, bias=cut and add_biases
+                )
             with masked(model, _until(spec, plan, (block.index + 1, "attention")), made):
                 for batch in chain(*text.values()):
                     batch.follow(parts, block.index)
@@ -209,6 +215,7 @@ def _fit(
     made: Compensation,
     *,
     cut: bool,
+    bias: bool,
 ) -> list[str]:
     """Add a sub-block's constant and weights to what was made; return its name if refused."""
     mean, covariance = moments["calibrate"]
@@ -217,7 +224,7 @@ def _fit(
         return []
     other_mean, other = moments["choose"]
     # about the means where a constant follows, else about zero
-    centre = mean if cut else torch.zeros_like(mean)
+    centre = mean if bias else torch.zeros_like(mean)
     weight = parts.output(*place).weight.detach()
     found = affine_refit(
         _about(centre, mean, covariance),
@@ -234,7 +241,7 @@ def _fit(
             "damping": found.damping,
             "condition_number_at_most": found.condition,
         }
-    if cut:
+    if bias:
         constant = mean[len(columns) :] - rounded.double() @ mean[: len(columns)]
         made.constants[place] = constant.cpu()
     return [name] * found.refused

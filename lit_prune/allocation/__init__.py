@@ -12,7 +12,7 @@ from lit_prune.allocation.ratios import block_ratios
 from lit_prune.allocation.reachable import reachable_totals
 from lit_prune.allocation.search import Candidate, Selection
 from lit_prune.allocation.settle import Ranking, meet, require_met, settle, settled
-from lit_prune.allocation.uniform import uniform_choice, uniform_counts
+from lit_prune.allocation.uniform import uniform_choice
 
 __all__ = [
     "Budget",
@@ -43,5 +43,4 @@ __all__ = [
     "settle",
     "settled",
     "uniform_choice",
-    "uniform_counts",
 ]

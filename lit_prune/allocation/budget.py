@@ -10,7 +10,7 @@ from lit_prune.allocation.cost import Cost, cost_of, parameter_cost
 from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.allocation.uniform import uniform_choice, uniform_choices
 from lit_prune.config import RATIO_TOLERANCE
-from lit_prune.decoder import SubBlock, all_kept, remainder, spec_for
+from lit_prune.decoder import AttentionSpec, MlpSpec, SubBlock, all_kept, remainder, spec_for
 from lit_prune.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec
 
-_FAVOURITE_MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
+_FAVOURITE_MULTIPLES = (64, 32, 16, 8, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Budget:
 
     def constants(self, counts: Mapping[SubBlock, int]) -> set[SubBlock]:
         """Return the sub-blocks whose cut units leave a constant behind."""
-        if self.config.compensation == "none":
+        if not self.config.adds_constants:
             return set()
         units = all_kept(self.spec)
         cut = {place for place, count in counts.items() if count < units[place]}
@@ -84,6 +84,14 @@ class Budget:
     def met_by(self, counts: Mapping[SubBlock, int]) -> bool:
         """Return whether the ratio is met within its tolerance."""
         return abs(self.deficit(counts)) <= self.tolerance
+
+    def nearest(self, place: SubBlock, wanted: float) -> int:
+        """Return the allowed count above zero that is nearest, the larger of two."""
+        # Around 1e-9 of a unit is rounding of `wanted`, not a preference.
+        return min(
+            (count for count in self.allowed[place] if count),
+            key=lambda count: (round(abs(count - wanted), 9), -count),
+        )
 
     def at_most(self, place: SubBlock, cut: float) -> int:
         """Return the smallest allowed count above zero that cuts at most ``cut`` units."""
@@ -159,34 +167,51 @@ def _auto_multiple(spec: DecoderSpec, config: PruningConfig, cost: Cost) -> int:
     """Return the largest hardware-friendly multiple whose step is fine enough for the ratio."""
     mlps = [cost.kept[index, part.kind] for index, part in spec.sub_blocks if part.kind == "mlp"]
     if not mlps:
-        return 1
+        return config.tensor_parallel
     channels = min(len(costs) - 1 for costs in mlps)
     # what one channel costs, on average: measured times rise in steps
     step = max((costs[-1] - costs[1]) / max(len(costs) - 2, 1) for costs in mlps) * (
         len(mlps) if config.allocator in ("uniform", "uniform_widths") else 1
     )
     for multiple in _FAVOURITE_MULTIPLES:
-        if multiple <= channels // 4 and step * multiple <= RATIO_TOLERANCE * cost.total:
+        even = multiple % config.tensor_parallel == 0
+        if even and multiple <= channels // 4 and step * multiple <= RATIO_TOLERANCE * cost.total:
             return multiple
-    return 1
+    return config.tensor_parallel
 
 
 def _allowed(
     spec: DecoderSpec, config: PruningConfig, multiple: int
 ) -> dict[SubBlock, tuple[int, ...]]:
     allowed: dict[SubBlock, tuple[int, ...]] = {}
+    degree = config.tensor_parallel
     whole = {"block", "sub_block"} & set(config.granularities) and config.allocator != "uniform"
     for index, part in spec.sub_blocks:
+        if not _spreads(part, part.num_units, degree):
+            raise ConfigError(
+                f"tensor_parallel {degree} does not divide the {part.num_units} "
+                f"{'KV groups' if part.kind == 'attention' else 'channels'} of layer {index} "
+                f"{part.kind}: even the dense model cannot be spread so."
+            )
         counts = {part.num_units}
         if index not in config.protected_layers:
             if part.kind == "attention" and "kv_group" in config.granularities:
-                counts.update(range(config.min_kv_groups, part.num_units))
+                fewer = range(config.min_kv_groups, part.num_units)
+                counts.update(count for count in fewer if _spreads(part, count, degree))
             if part.kind == "mlp" and "channel" in config.granularities:
                 counts.update(range(multiple, part.num_units, multiple))
             if whole:
                 counts.add(0)
         allowed[index, part.kind] = tuple(sorted(counts))
     return allowed
+
+
+def _spreads(part: AttentionSpec | MlpSpec, count: int, degree: int) -> bool:
+    """Return whether so many units can be spread evenly over devices."""
+    if isinstance(part, MlpSpec):
+        return count % degree == 0
+    copied = degree % count == 0  # each KV head to several devices
+    return (count * part.queries_per_group) % degree == 0 and (copied or count % degree == 0)
 
 
 def _refuse_unreachable(budget: Budget) -> None:

@@ -55,7 +55,9 @@ def global_choice(
         counts[place] -= 1
         freed += sizes[place]
     ranking = Ranking(scores, dict.fromkeys(scores, 1))
-    return settled(budget, _allowed(budget, counts), ranking)
+    return settled(
+        budget, {place: budget.nearest(place, n) for place, n in counts.items()}, ranking
+    )
 
 
 def ratio_choice(budget: Budget, ratios: Sequence[float], ranking: Ranking) -> dict[SubBlock, int]:
@@ -73,12 +75,6 @@ def ratio_choice(budget: Budget, ratios: Sequence[float], ranking: Ranking) -> d
         place: round(units * (1 - ratios[place[0]]))
         for place, units in all_kept(budget.spec).items()
     }
-    return settled(budget, _allowed(budget, counts), ranking)
-
-
-def _allowed(budget: Budget, counts: Mapping[SubBlock, int]) -> dict[SubBlock, int]:
-    """Round to the nearest allowed count above zero, the larger of two."""
-    return {
-        place: min((c for c in budget.allowed[place] if c), key=lambda c: (abs(c - count), -c))
-        for place, count in counts.items()
-    }
+    return settled(
+        budget, {place: budget.nearest(place, n) for place, n in counts.items()}, ranking
+    )

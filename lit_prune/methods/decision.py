@@ -192,6 +192,8 @@ class Method:
                 f"preset {self.name!r} knows the allocators {list(self.allocators)}, got "
                 f"{allocator!r}."
             )
+        if not config.add_biases:
+            self._refuse_biases(config)
         own: dict[str, Any] = {}
         for option, known in self.choices.items():
             own[option] = getattr(config, option) or known[0]
@@ -206,6 +208,14 @@ class Method:
             compensation=config.compensation or self.compensation,
             **own,
         )
+
+    def _refuse_biases(self, config: PruningConfig) -> None:
+        chosen = config.compensation or self.compensation
+        if chosen not in ("sequential", "none"):
+            raise ConfigError(
+                f"compensation {chosen!r} is a bias, and add_biases is false. Take "
+                "'sequential', which can do without, or 'none'."
+            )
 
     def _refuse_unread(self, config: PruningConfig) -> None:
         """Refuse an option that would have no effect: its user believes that it has one."""
