@@ -15,6 +15,7 @@ from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
 from lit_prune.saving.difference import difference, other_trait
 from lit_prune.saving.prepared import PreparedDirectory, plain_config
+from lit_prune.saving.servers import vllm_notes
 from lit_prune.saving.skeleton import as_read, build, stock_classes
 from lit_prune.saving.weights import dtypes_of, tensors_of
 
@@ -216,7 +217,7 @@ def _prepared(
         ties=ties,
         skeleton=skeleton,
         verbatim=verbatim,
-        notes=notes,
+        notes=(*notes, *vllm_notes(config, tensors)),
     )
 
 

@@ -41,12 +41,12 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, tor
 
 
 def apply_plan(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     plan: PruningPlan | str | Path,
     compensation: Compensation | str | Path | None = None,
     *,
     verify: bool = True,
-) -> None:
+) -> PreTrainedModel:
     """Make ``model`` smaller, in place, all or nothing.
 
     With the base model and the paths of ``plan.json`` and ``compensation.safetensors`` it makes a
@@ -58,11 +58,15 @@ def apply_plan(
     units are masked.
 
     Args:
-        model: The model that the plan was made for.
+        model: The model that the plan was made for, or the directory or hub name that transformers
+            loads it from, in the dtype that it is stored in.
         plan: What stays, or the path of a ``plan.json``.
         compensation: Constants for what was cut, made for this plan and these weights, or the path
             of a ``compensation.safetensors``.
         verify: Compare before declaring success.
+
+    Returns:
+        The model, now smaller.
 
     Raises:
         ArtifactError: If a file cannot be read, or is something else.
@@ -77,7 +81,7 @@ def apply_plan(
         ...                      num_attention_heads=4, num_key_value_heads=2, vocab_size=32)
         >>> model = LlamaForCausalLM(config).eval()
         >>> layers = (LayerPlan(0, (1,), tuple(range(8))), LayerPlan(1, (), ()))
-        >>> apply_plan(model, PruningPlan(spec_for(model).fingerprint, layers))
+        >>> model = apply_plan(model, PruningPlan(spec_for(model).fingerprint, layers))
         >>> model.config.num_hidden_layers, model.model.layers[0].mlp.down_proj
         (1, Linear(in_features=8, out_features=16, bias=False))
     """
@@ -85,8 +89,12 @@ def apply_plan(
         plan = PruningPlan.load(Path(plan))
     if isinstance(compensation, str | Path):
         compensation = Compensation.load(Path(compensation))
+    if isinstance(model, str | Path):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     with applied(model, plan, compensation, verify=verify):
-        pass
+        return model
 
 
 @contextmanager

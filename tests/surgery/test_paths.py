@@ -40,6 +40,13 @@ def test_base_model_and_two_files_make_the_pruned_model(kind, shared):
     assert digest_of(model) == digest_of(pruned)
 
 
+def test_the_base_model_may_be_a_path_too(shared, tmp_path):
+    plan, compensation, pruned = shared
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = apply_plan(tmp_path / "base", plan, compensation)
+    assert digest_of(model) == digest_of(pruned)
+
+
 def test_plan_and_compensation_of_a_result_make_it_again(tmp_path):
     model = tiny_model()
     result = prune(model, batches_of(tiny_rows(24, 24)), pruning_ratio=0.3, preset="flap")
