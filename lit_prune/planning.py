@@ -18,6 +18,7 @@ from lit_prune.calibration import (
     measure_residuals,
     measure_sensitivities,
     measure_taylor,
+    out_of_memory_in,
     replay,
     replay_within,
 )
@@ -90,9 +91,23 @@ def calibrate(
         progress: Show a bar.
 
     Raises:
-        CalibrationError: If there is too little text, or an activation is not finite.
+        CalibrationError: If there is too little text, an activation is not finite, or memory runs
+            out.
         BudgetError: If a ratio of latency cannot be reached, as soon as latency is measured.
     """
+    with out_of_memory_in("the calibration", config.replay_batch_tokens):
+        return _calibrated(model, rows, config, units, notes, progress=progress)
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    rows: RowSet,
+    config: PruningConfig,
+    units: dict[SubBlock, tuple[Tensor, Tensor]] | None,
+    notes: Sequence[str],
+    *,
+    progress: bool,
+) -> Calibration:
     config = preset(config.preset).resolve(config)
     needs = preset(config.preset).all_needs(config)
     fingerprint = spec_for(model).fingerprint

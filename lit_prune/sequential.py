@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_prune.calibration import ChannelCovariance, TwoStreams, two_streams
+from lit_prune.calibration import ChannelCovariance, TwoStreams, out_of_memory_in, two_streams
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError
 from lit_prune.importance import affine_refit
@@ -71,24 +71,25 @@ def compensated(
         progress: Show a bar (only on a terminal).
 
     Raises:
-        CalibrationError: If an activation is not finite.
+        CalibrationError: If an activation is not finite, or memory runs out.
     """
     config = preset(config.preset).resolve(config)
     if config.compensation != "sequential" or not config.pruning_ratio:
         return planned
     draft = planned.compensation
-    compensation = sequential_compensation(
-        model,
-        planned.plan,
-        calibration.rows,
-        damping=config.damping,
-        removed_mean=config.removed_mean,
-        add_biases=config.add_biases,
-        protected_layers=config.protected_layers,
-        weights=None if draft is None else draft.weights_digest,
-        batch_tokens=config.replay_batch_tokens,
-        progress=progress,
-    )
+    with out_of_memory_in("the fit behind the pruned prefix", config.replay_batch_tokens):
+        compensation = sequential_compensation(
+            model,
+            planned.plan,
+            calibration.rows,
+            damping=config.damping,
+            removed_mean=config.removed_mean,
+            add_biases=config.add_biases,
+            protected_layers=config.protected_layers,
+            weights=None if draft is None else draft.weights_digest,
+            batch_tokens=config.replay_batch_tokens,
+            progress=progress,
+        )
     facts = {**planned.plan.provenance, "compensation": describe(compensation)}
     return replace(planned, plan=replace(planned.plan, provenance=facts), compensation=compensation)
 

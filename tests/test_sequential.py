@@ -245,3 +245,28 @@ def test_without_room_hidden_states_stay_in_memory(in_files, monkeypatch, caplog
     sequential_compensation(model, plan, ROWS)
     assert "stay in memory" in caplog.text
     assert "TMPDIR" in caplog.text
+
+
+def test_f17_out_of_memory_in_the_fit_says_what_to_lower(monkeypatch):
+    model = tiny_model(layers=4)
+    config = PruningConfig(pruning_ratio=0.3, channel_multiple=4)
+    calibration = calibrate(model, ROWS, config, progress=False)
+    planned = make_plan(model, calibration, config)
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    monkeypatch.setattr(streams_module.TwoStreams, "enters", exhausted)
+    message = r"out of memory in the fit .*3 GiB.*replay_batch_tokens \(now 8192\)"
+    with unchanged(model), pytest.raises(CalibrationError, match=message):
+        compensated(model, planned, calibration, config)
+
+
+def test_f17_out_of_memory_in_any_pass_says_what_to_lower(monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    model = tiny_model()
+    monkeypatch.setattr("lit_prune.planning.measure_sensitivities", exhausted)
+    with unchanged(model), pytest.raises(CalibrationError, match="out of memory in the calibr"):
+        calibrate(model, ROWS, PruningConfig(pruning_ratio=0.3), progress=False)

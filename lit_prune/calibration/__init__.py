@@ -8,6 +8,7 @@ from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
+from lit_prune.calibration.out_of_memory import out_of_memory_in
 from lit_prune.calibration.replay import Replayed, covariance_groups, replay, replay_within
 from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
@@ -39,6 +40,7 @@ __all__ = [
     "measure_residuals",
     "measure_sensitivities",
     "measure_taylor",
+    "out_of_memory_in",
     "real_tokens",
     "replay",
     "replay_within",

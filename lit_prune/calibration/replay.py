@@ -15,6 +15,7 @@ from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.observer import Probed, describe_non_finite
+from lit_prune.calibration.out_of_memory import out_of_memory_in
 from lit_prune.decoder import KINDS, DecoderParts, quiet
 from lit_prune.errors import CalibrationError
 
@@ -111,8 +112,9 @@ def replay(
     with quiet(model), bar:
         for number, batch in enumerate(rows.batches(side, max_tokens)):
             mask = batch.attention_mask.to(device)
-            try:
-                place = f"replayed batch {number}"
+            place = f"replayed batch {number}"
+            shape = f"{place} ({list(mask.shape)} rows x tokens)"
+            with out_of_memory_in(shape, max_tokens):
                 with _UnitProbes(parts, mask, place, covariances) as probes:
                     run = RecordedRun(parts, batch.model_inputs(device))
                 bar.update()
@@ -133,12 +135,6 @@ def replay(
                         change = (final.float() - whole.float()).square().sum(-1)
                         changed[unit] = change.double().sum().cpu()
                         bar.update()
-            except torch.OutOfMemoryError as error:
-                raise CalibrationError(
-                    f"out of memory in replayed batch {number} ({list(mask.shape)} rows x tokens): "
-                    f"{error}. Lower replay_batch_tokens (now {max_tokens}) or "
-                    "max_calibration_tokens. The model is unchanged."
-                ) from error
             for probed, part in probes.measured.items():
                 moments.setdefault(probed, ChannelMoments(part[1].numel())).update(part)
             for probed, joint_part in probes.joints.items():

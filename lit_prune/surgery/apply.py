@@ -89,12 +89,16 @@ def apply_plan(
         plan = PruningPlan.load(Path(plan))
     if isinstance(compensation, str | Path):
         compensation = Compensation.load(Path(compensation))
-    if isinstance(model, str | Path):
-        from transformers import AutoModelForCausalLM
+    dense = _loaded(model) if isinstance(model, str | Path) else model
+    with applied(dense, plan, compensation, verify=verify):
+        return dense
 
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    with applied(model, plan, compensation, verify=verify):
-        return model
+
+def _loaded(name: str | Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    return model.eval()  # type: ignore[no-any-return] # untyped upstream
 
 
 @contextmanager

@@ -3,8 +3,13 @@
 import importlib.util
 import itertools
 import json
+import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -13,12 +18,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from lit_prune.decoder import spec_for
-from lit_prune.errors import ArtifactError, ConfigError, FormatError
+from lit_prune.errors import ArtifactError, ConfigError, FormatError, UnsupportedModelError
 from lit_prune.plan import PruningPlan
 from lit_prune.saving import load_pruned, save_pruned
 from lit_prune.saving.check_gguf import Different, read_back
+from lit_prune.saving.files import sha256_of
+from lit_prune.saving.formats import FORMATS
 from lit_prune.saving.gguf.rope import llama3_divisors
 from lit_prune.saving.gguf.vocabulary import vocabulary_of
+from lit_prune.saving.manifest import Manifest
 from lit_prune.surgery import apply_plan
 from tests.models import tiny_model
 from tests.saving.cases import ALIKE, FAMILIES, KINDS, listing, logits, pruned
@@ -361,3 +369,45 @@ def test_text_is_cut_as_the_tokenizer_cuts_it(name, tmp_path):
     model = tiny_model(vocab_size=len(tokenizer) + 3)
     path = save_pruned(model, tmp_path / "saved", format="gguf", tokenizer=tokenizer)
     assert "tokens of sample texts equal" in (path / "MANIFEST.json").read_text()
+
+
+# ---- what every format owes ----
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_f07_weights_that_are_not_plain_are_refused(name, tmp_path):
+    model = tiny_model()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
+        weight.detach().to(torch.int8), requires_grad=False
+    )
+    with pytest.raises(UnsupportedModelError, match="is quantised"):
+        save_pruned(model, tmp_path / "saved", format=name)
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_f39_writer_killed_at_random_moments_leaves_an_old_or_a_new_directory(tmp_path):
+    target = tmp_path / "saved"
+    old, new = pruned(kind="uneven"), pruned(kind="uniform_mean", seed=1)
+    wanted = set()
+    for number, model in enumerate((old, new)):
+        path = save_pruned(model, tmp_path / f"{number}", format="gguf", verify=False)
+        wanted.add(sha256_of(path / "model.gguf"))
+    chance = random.Random(0)
+    for _ in range(10):
+        shutil.rmtree(target, ignore_errors=True)
+        save_pruned(old, target, format="gguf", verify=False)
+        if not (child := os.fork()):
+            torch.set_num_threads(1)
+            save_pruned(new, target, format="gguf", overwrite=True, verify=False)
+            os._exit(0)
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kept = target if target.exists() else tmp_path / f".saved.old-{child}"
+        Manifest.read(kept).check(kept)
+        assert sha256_of(kept / "model.gguf") in wanted
+        for rest in tmp_path.glob(".saved.*"):
+            shutil.rmtree(rest)
