@@ -47,7 +47,8 @@ def architecture(family, kind, tie):
         return None if mean else "qwen3" if kind in ALIKE else "openelm" if tie else None
     if kind not in ALIKE:
         return "deci"
-    return "qwen2" if family == "qwen2" and not mean else "llama"
+    whole_heads = kind in ("dense", "shorter")  # what llama.cpp's qwen2 wants
+    return "qwen2" if family == "qwen2" and whole_heads else "llama"
 
 
 def architecture_of(path):
@@ -317,7 +318,7 @@ def in_llama_cpp(models_by_name, tmp_path):
         options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
         greedy = model.generate(prompt, **options, eos_token_id=None)[0, 8:]
         tensors = {"ids": IDS, "logits": logits(model), "prompt": prompt[0], "greedy": greedy}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.safetensors")
+        save_file({k: v.clone().contiguous() for k, v in tensors.items()}, f"{path}.safetensors")
         paths.append(str(path))
     done = subprocess.run(
         [sys.executable, "-P", "-c", SCRIPT, *paths], capture_output=True, text=True, check=False

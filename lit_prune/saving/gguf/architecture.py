@@ -1,9 +1,9 @@
 """Which architecture of llama.cpp can hold a decoder, read from its sources.
 
 Layers that are alike go into the architecture of their own family. ``llama`` takes every bias and
-any number of heads, so it also holds a Mistral, and a Qwen2 with biases that its own lacks. Layers
-that differ go into ``deci`` (Llama's graph with the sizes read for every block) or, where queries
-and keys are normed, into ``openelm``.
+any number of heads, so it also holds a Mistral, and a Qwen2 that has biases which its own lacks, or
+fewer heads. Layers that differ go into ``deci`` (Llama's graph with the sizes read for every block)
+or, where queries and keys are normed, into ``openelm``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 from lit_prune.decoder.layout import AttentionLayout, MlpLayout, RemovedLayout
 from lit_prune.errors import FormatError
+from lit_prune.saving.body import Body, Widths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lit_prune.saving.body import Body
 
 NAME = "gguf"
 _QKV = frozenset({"q_proj", "k_proj", "v_proj"})
@@ -34,6 +33,7 @@ class Architecture:
         per_block: Whether every block has sizes of its own.
         biases: Projections that may have one.
         needs: Projections that must have one.
+        square: Whether all query heads together are as wide as the hidden state.
         permuted: Rotary pairs are neighbours, not halves: rows of queries and keys are reordered.
         fused: Queries, keys and values are one tensor.
         tied: Whether it always reads the output from the embeddings.
@@ -45,6 +45,7 @@ class Architecture:
     per_block: bool = False
     biases: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
+    square: bool = False
     permuted: bool = False
     fused: bool = False
     tied: bool = False
@@ -58,7 +59,7 @@ _DECI = Architecture(name="deci", per_block=True, biases=_EVERY, permuted=True)
 CHOICES: dict[str, tuple[Architecture, ...]] = {
     "llama": (_LLAMA, _DECI),
     "mistral": (_LLAMA, _DECI),
-    "qwen2": (Architecture(name="qwen2", biases=_QKV, needs=_QKV), _LLAMA, _DECI),
+    "qwen2": (Architecture(name="qwen2", biases=_QKV, needs=_QKV, square=True), _LLAMA, _DECI),
     "qwen3": (
         Architecture(name="qwen3", head_norms=True),
         Architecture(name="openelm", per_block=True, fused=True, tied=True, head_norms=True),
@@ -90,6 +91,13 @@ def architecture_for(model: PreTrainedModel, body: Body) -> Architecture:
 def _blocked(choice: Architecture, body: Body) -> str | None:
     if not choice.per_block and (found := _not_alike(body)):
         return f"{found}, architecture {choice.name} has one size for all layers"
+    widths = Widths.of(body)
+    queries = widths.kv_groups * widths.queries_per_group * body.head_dim
+    if choice.square and queries != body.hidden_size:
+        return (
+            f"its query heads are {queries} wide together, architecture {choice.name} wants "
+            f"{body.hidden_size}"
+        )
     for index, layer in body.layers.items():
         names = set[str]()
         for part, output in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
