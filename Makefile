@@ -28,11 +28,14 @@ help:
 demo: $(READY)
 	@$(BIN)/python recipes/demo.py
 
+# A file of tests stays in one process: its tests share models and plans.
+TOGETHER := -n auto --dist loadfile
+
 test: $(READY)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(TOGETHER)
 
 slow: $(READY)
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -m slow $(TOGETHER)
 
 # Not in the constraints: nothing else needs it, and it is built from source.
 gguf-test: $(READY)
