@@ -15,9 +15,9 @@ from lit_prune.calibration import Observer, RowSet
 from lit_prune.config import PruningConfig, refuse_unknown
 from lit_prune.decoder import find_causal_lm, spec_for
 from lit_prune.errors import CalibrationError, ConfigError, PlanMismatchError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
-from lit_prune.planning import calibrate
 from lit_prune.pruner import carry_out, refuse_non_finite_weights
 from lit_prune.saving import save_pruned
 from lit_prune.trainer import (

@@ -76,7 +76,7 @@ class PruningConfig:
         compensation: ``mean`` puts the mean output of what was cut into a bias; ``least_squares``
             also folds its conditional mean into the columns that stay; ``sequential`` fits them,
             layer by layer behind what was cut before, so that the residual stream meets the dense
-            model's (some four forwards over the text, once a plan stands); ``none`` does nothing.
+            model's (some three forwards over the text, once a plan stands); ``none`` does nothing.
             None: what the preset's paper does.
         add_biases: False adds no bias anywhere, for a place of deployment that has none there
             (the stock classes of Mistral and Qwen, Qwen3 in llama.cpp): ``sequential`` then fits

@@ -12,8 +12,9 @@ from lit_prune.calibration import Calibration, collect_rows
 from lit_prune.config import PruningConfig
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.measurement import Measurement, conditions, measure, predicted_rows, report_rows
+from lit_prune.measuring import calibrate
 from lit_prune.methods import Scores, preset
-from lit_prune.planning import Planned, calibrate, make_plan, versions
+from lit_prune.planning import Planned, make_plan, versions
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
 from lit_prune.sequential import compensated

@@ -115,7 +115,7 @@ def sequential_compensation(
     right. A sub-block that goes whole leaves the mean of its target. One that keeps all its units,
     behind a cut, is fitted without a constant: no parameter is added where nothing is removed.
 
-    Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
+    Costs about three forwards over the calibrate and the choose side, one layer at a time; memory:
     one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and three hidden
     states ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary
     directory where they would take more than the weights do.

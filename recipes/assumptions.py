@@ -56,8 +56,9 @@ from lit_prune.calibration import (
 from lit_prune.decoder import DecoderParts, quiet, spec_for
 from lit_prune.errors import BudgetError
 from lit_prune.importance import channel_entropy
+from lit_prune.measuring import calibrate
 from lit_prune.methods import plan_of
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from lit_prune.surgery import least_squares_compensation
 
 if TYPE_CHECKING:

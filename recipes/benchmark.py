@@ -41,8 +41,9 @@ from lit_prune import EntropyPruningCallback, apply_plan, prune
 from lit_prune.calibration import Row, RowSet, bypass_units, replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import DecoderParts, quiet
+from lit_prune.measuring import calibrate
 from lit_prune.metrics import footprint_of
-from lit_prune.pruner import calibrate, make_plan
+from lit_prune.pruner import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_TIME = "--cpu-time"

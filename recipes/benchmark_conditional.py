@@ -27,7 +27,8 @@ from lit_prune import apply_plan
 from lit_prune.calibration import Row, RowSet, replay, replay_within
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import KINDS, DecoderParts, quiet
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.measuring import calibrate
+from lit_prune.planning import make_plan
 from lit_prune.sequential import compensated
 
 CONFIG = PruningConfig(pruning_ratio=0.3)

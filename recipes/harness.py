@@ -24,9 +24,10 @@ from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.config import RATIO_TOLERANCE
 from lit_prune.decoder import all_kept, spec_for
 from lit_prune.errors import BudgetError, LitPruneError
+from lit_prune.measuring import calibrate, needed_bypasses
 from lit_prune.methods import preset
 from lit_prune.metrics import footprint_of, measure_latency, perplexity_of
-from lit_prune.planning import calibrate, make_plan, needed_bypasses
+from lit_prune.planning import make_plan
 from lit_prune.sequential import compensated
 
 if TYPE_CHECKING:

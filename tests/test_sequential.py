@@ -16,8 +16,9 @@ from lit_prune.calibration.shelf import shelves
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import CalibrationError
+from lit_prune.measuring import calibrate
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from lit_prune.pruner import prune
 from lit_prune.sequential import compensated, sequential_compensation
 from lit_prune.surgery import apply_plan, masked, mean_compensation
@@ -267,6 +268,6 @@ def test_f17_out_of_memory_in_any_pass_says_what_to_lower(monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 3 GiB")
 
     model = tiny_model()
-    monkeypatch.setattr("lit_prune.planning.measure_sensitivities", exhausted)
+    monkeypatch.setattr("lit_prune.measuring.measure_sensitivities", exhausted)
     with unchanged(model), pytest.raises(CalibrationError, match="out of memory in the calibr"):
         calibrate(model, ROWS, PruningConfig(pruning_ratio=0.3), progress=False)

@@ -50,10 +50,10 @@ class TwoStreams:
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and the stream
-        that it will add to. The layer is run as it is now: hooks of the caller count.
+        that it will add to. The layer is run as it is now, up to there: hooks of the caller count.
         """  # noqa: D205 - one sentence
         norm = parts.layers[place[0]].get_submodule(parts.norm_path(place[1]))
-        with _inputs_of(norm) as stream, _inputs_of(parts.output(*place)) as inputs:
+        with _inputs_of(norm) as stream, _inputs_of(parts.output(*place), last=True) as inputs:
             self._run(parts, place[0], self.shelf["pruned"])
         return inputs[0], stream[0]
 
@@ -138,11 +138,24 @@ def _calls_of(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
             handle.remove()
 
 
+class _Reached(Exception):  # noqa: N818 - what was wanted is there
+    pass
+
+
 @contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+def _inputs_of(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor]]:
+    """Collect what a module gets; if it is the ``last`` that matters, the forward ends there."""
     found: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, args: found.append(args[0]))
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        if last:
+            raise _Reached
+
+    handle = module.register_forward_pre_hook(note)
     try:
         yield found
+    except _Reached:
+        pass
     finally:
         handle.remove()

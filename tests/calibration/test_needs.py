@@ -4,8 +4,8 @@ import pytest
 
 from lit_prune.calibration import Calibration, Needs
 from lit_prune.config import PruningConfig
+from lit_prune.measuring import calibrate
 from lit_prune.methods import PRESETS, preset
-from lit_prune.planning import calibrate
 from tests.models import tiny_model
 from tests.naive import uneven_rows
 from tests.state import unchanged

@@ -8,9 +8,10 @@ from lit_prune.allocation import make_budget
 from lit_prune.calibration import Row, RowSet
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
+from lit_prune.measuring import calibrate
 from lit_prune.methods import PRESETS
 from lit_prune.methods.decision import Case
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from tests.models import tiny_model, tiny_rows
 
 # KV heads: multi-head attention (4 query heads), grouped queries.

@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lit_prune import EntropyPruningCallback, planning
+from lit_prune import EntropyPruningCallback, measuring
 from lit_prune.allocation import cost_of
 from lit_prune.calibration import Calibration
 from lit_prune.config import RESOURCES, PruningConfig
 from lit_prune.decoder import all_kept, spec_for
 from lit_prune.errors import ArtifactError, BudgetError, CalibrationError, ConfigError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import PRESETS, preset
 from lit_prune.metrics import SubBlockLatency, footprint_of
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from lit_prune.pruner import prune
 from lit_prune.report import PruningReport
 from lit_prune.surgery import apply_plan
@@ -259,7 +260,7 @@ def test_latency_is_measured_once_with_the_requests_workload(monkeypatch):
 
 def test_an_unreachable_latency_is_refused_before_statistics_are_taken(monkeypatch):
     fake_measurement(monkeypatch)
-    monkeypatch.setattr(planning, "replay", lambda *_args, **_options: pytest.fail("replayed"))
+    monkeypatch.setattr(measuring, "replay", lambda *_args, **_options: pytest.fail("replayed"))
     model = tiny_model()
     with (
         unchanged(model),

@@ -11,8 +11,9 @@ from lit_prune.calibration import SENSITIVITIES, Calibration, Unit
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import conditional, entropy_scores, preset
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from lit_prune.pruner import prune
 from lit_prune.surgery import apply_plan
 from tests.models import batches_of, tiny_model, tiny_rows

@@ -9,8 +9,9 @@ from lit_prune.allocation import make_budget
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import ConfigError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import PRESETS, preset
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from lit_prune.pruner import prune
 from lit_prune.saving import save_pruned
 from lit_prune.sequential import sequential_compensation

@@ -12,10 +12,11 @@ from lit_prune.calibration import Row, RowSet, Unit, replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError, CalibrationError, ConfigError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import Case, Scores, llm_pruner, preset
 from lit_prune.methods.paper import distribute
 from lit_prune.methods.paper_scores import paper_scores
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from tests.allocation.specs import random_decoder, random_request
 from tests.models import tiny_model, tiny_rows
 from tests.naive import captured, deleted

@@ -11,9 +11,10 @@ from lit_prune.calibration import Calibration
 from lit_prune.config import Granularity, PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError, CalibrationError, ConfigError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import PRESETS, preset
 from lit_prune.methods.decision import METHOD_OPTIONS
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from lit_prune.pruner import prune
 from tests.lightning.modules import LM, loader, pruner, trainer
 from tests.models import batches_of, tiny_model, tiny_rows

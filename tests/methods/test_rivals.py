@@ -11,8 +11,9 @@ from lit_prune.allocation import make_budget
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError
+from lit_prune.measuring import calibrate
 from lit_prune.methods import Case, blockpruner, flap, llm_pruner, magnitude, owl, preset, wanda
-from lit_prune.planning import calibrate, make_plan
+from lit_prune.planning import make_plan
 from tests.models import tiny_model
 from tests.naive import (
     captured,

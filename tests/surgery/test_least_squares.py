@@ -9,8 +9,8 @@ from lit_prune.calibration import replay
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import quiet, spec_for
 from lit_prune.errors import PlanMismatchError, ScoreError
+from lit_prune.measuring import calibrate
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.planning import calibrate
 from lit_prune.pruner import prune
 from lit_prune.surgery import (
     Compensation,

@@ -1,0 +1,162 @@
+"""From text to a calibration: measure what the preset needs; the model is as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_prune.allocation import cost_of, make_budget
+from lit_prune.calibration import (
+    Calibration,
+    bypass_units,
+    measure_residuals,
+    measure_sensitivities,
+    measure_taylor,
+    out_of_memory_in,
+    replay,
+    replay_within,
+)
+from lit_prune.decoder import DecoderParts, SubBlock, spec_for
+from lit_prune.errors import ScoreError
+from lit_prune.importance import damage_curve, damped, order_damage
+from lit_prune.latency_table import with_latency_table
+from lit_prune.methods import preset
+from lit_prune.surgery import weights_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from lit_prune.calibration import Replayed, RowSet, Unit
+    from lit_prune.config import PruningConfig
+
+
+def calibrate(
+    model: PreTrainedModel,
+    rows: RowSet,
+    config: PruningConfig,
+    *,
+    units: dict[SubBlock, tuple[Tensor, Tensor]] | None = None,
+    notes: Sequence[str] = (),
+    progress: bool = True,
+) -> Calibration:
+    """Measure what the method needs, by replaying the rows where it needs more than ``units``.
+
+    Args:
+        model: The model in its final, dense state.
+        rows: The text.
+        config: The request.
+        units: Moments that were observed in the validation loop on exactly these weights. They are
+            used where nothing else is needed; a replay measures them anew in its own first forward,
+            at no extra cost and independent of order and padding.
+        notes: What the report should say about the text.
+        progress: Show a bar.
+
+    Raises:
+        CalibrationError: If there is too little text, an activation is not finite, or memory runs
+            out.
+        BudgetError: If a ratio of latency cannot be reached, as soon as latency is measured.
+    """
+    with out_of_memory_in("the calibration", config.replay_batch_tokens):
+        return _calibrated(model, rows, config, units, notes, progress=progress)
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    rows: RowSet,
+    config: PruningConfig,
+    units: dict[SubBlock, tuple[Tensor, Tensor]] | None,
+    notes: Sequence[str],
+    *,
+    progress: bool,
+) -> Calibration:
+    config = preset(config.preset).resolve(config)
+    needs = preset(config.preset).all_needs(config)
+    fingerprint = spec_for(model).fingerprint
+    calibration = Calibration(fingerprint, rows, units or {}, notes=tuple(notes))
+    calibration.require(config.min_calibration_tokens)
+    calibration = replace(calibration, weights_digest=weights_digest(model))
+    if units is not None and not needs and rows.split:
+        return calibration
+    if needs.latency:
+        calibration = with_latency_table(model, calibration, config)
+        make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
+    squares = needs.covariances or needs.curves
+    options: dict[str, Any] = {"max_tokens": config.replay_batch_tokens, "progress": progress}
+    if squares:
+        options["covariance_bytes"] = config.covariance_bytes
+    run = replay_within if squares else replay
+    replayed = run(
+        model,
+        rows,
+        needed_bypasses(model, config),
+        target=config.transfer_target,
+        joint=config.estimator == "logdet",
+        **options,
+    )
+    calibration = calibration.with_replay(replayed)
+    if squares:
+        held_out = run(model, rows, side="choose", **options)
+        calibration = replace(calibration, held_out=_about(held_out, replayed))
+    if needs.curves:
+        calibration = replace(calibration, curves=damage_curves(model, calibration, config))
+    if needs.sensitivities:
+        sensitivities = measure_sensitivities(
+            model,
+            rows,
+            {place: mean for place, (mean, _) in replayed.units.items()},
+            max_tokens=config.search_tokens,
+            batch_tokens=config.replay_batch_tokens,
+            progress=progress,
+        )
+        calibration = replace(calibration, sensitivities=sensitivities)
+    if needs.residuals:
+        similarities, inputs = measure_residuals(
+            model, rows, batch_tokens=config.replay_batch_tokens
+        )
+        calibration = replace(calibration, similarities=similarities, inputs=inputs)
+    if needs.taylor:
+        calibration = replace(calibration, taylor=measure_taylor(model, rows, progress=progress))
+    return calibration
+
+
+def damage_curves(
+    model: PreTrainedModel, calibration: Calibration, config: PruningConfig
+) -> dict[SubBlock, Tensor]:
+    """Return order and damage of every sub-block, as `Calibration.curves` keeps them."""
+    spec, parts = spec_for(model), DecoderParts(model)
+    curves: dict[SubBlock, Tensor] = {}
+    for index, part in spec.sub_blocks:
+        place: SubBlock = (index, part.kind)
+        weight = parts.output(*place).weight.detach()
+        covariance = (calibration.covariances or {})[place].to(weight.device)
+        covariance = damped(covariance, config.damping)
+        try:
+            curve = damage_curve(covariance, weight, part.unit_width)
+        except ScoreError as error:
+            name = parts.output_name(*place)
+            raise ScoreError(f"{name}, with damping={config.damping}: {error}") from error
+        _, alone = order_damage(covariance, weight, curve.order, part.unit_width)
+        leaves = torch.cat([curve.order.new_full((1,), -1), curve.order])
+        curves[place] = torch.stack([leaves.double(), curve.damage, alone], 1).cpu()
+    return curves
+
+
+def _about(other: Replayed, calibrated: Replayed) -> dict[SubBlock, Tensor]:
+    """Return second moments of one text about the means of another."""
+    moments = {}
+    for place, covariance in other.covariances.items():
+        shift = other.units[place][0] - calibrated.units[place][0]
+        moments[place] = covariance + torch.outer(shift, shift)
+    return moments
+
+
+def needed_bypasses(model: PreTrainedModel, config: PruningConfig) -> tuple[Unit, ...]:
+    """Return the units whose transfer entropy the request needs: none for fixed ratios."""
+    method = preset(config.preset)
+    wanted = method.all_needs(method.resolve(config)).bypasses
+    return tuple(unit for unit in bypass_units(DecoderParts(model)) if unit.kind in wanted)
