@@ -41,7 +41,7 @@ slow: $(READY)
 gguf-test: $(READY)
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null \
 		|| { echo "building llama-cpp-python $(LLAMA_CPP) (once; some ten minutes on two cores)"; \
-		     $(PIP) install -qq -c .ci/constraints.txt llama-cpp-python==$(LLAMA_CPP); }
+		     CMAKE_ARGS=-DLLAVA_BUILD=OFF $(PIP) install -qq -c .ci/constraints.txt llama-cpp-python==$(LLAMA_CPP); }
 	@$(BIN)/python -m pytest -q -m gguf
 
 lint: $(READY)

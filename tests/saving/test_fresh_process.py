@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from lit_prune.saving import save_pruned
@@ -18,12 +19,14 @@ from safetensors.torch import load_file
 sys.modules["lit_prune"] = None  # whoever imports it fails
 from transformers import AutoModelForCausalLM
 def compare(model, path, kind):
-    wanted, ids = load_file(path.with_suffix(".safetensors")).values()
-    if wanted.dtype == torch.int64: wanted, ids = ids, wanted
+    found = load_file(path.with_suffix(".safetensors"))
+    wanted, ids = found["logits"], found["ids"]
     with torch.no_grad():
         got = model(input_ids=ids).logits
     allowed = 0 if kind == "heterogeneous" else 1e-5 * wanted.abs().max()
     assert (got - wanted).abs().max() <= allowed, (path.name, kind, (got - wanted).abs().max())
+    cached = model.generate(ids[:, :6], max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    assert torch.equal(cached, found["generated"]), (path.name, kind)
 paths = sorted(p for p in Path(sys.argv[1]).iterdir() if p.is_dir())
 for path in paths:
     kind = path.name.split("-")[-1]
@@ -49,10 +52,11 @@ def in_fresh_process(cases, tmp_path, formats):
                 continue
             path = tmp_path / "saved" / f"{family}-{kind}-{name}"
             save_pruned(model, path, format=name, verify=False)
-            import torch
-
             ids = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
-            save_file({"logits": logits(model), "ids": ids}, path.with_suffix(".safetensors"))
+            options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+            uncached = model.generate(ids[:, :6], **options, use_cache=False)
+            found = {"logits": logits(model), "ids": ids, "generated": uncached}
+            save_file(found, path.with_suffix(".safetensors"))
             count += 1
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
