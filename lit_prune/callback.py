@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lit_prune.allocation import refuse_impossible
-from lit_prune.calibration import Observer, RowSet
+from lit_prune.calibration import Observer, RowSet, data_notes
 from lit_prune.config import PruningConfig, refuse_unknown
 from lit_prune.decoder import find_causal_lm, spec_for
 from lit_prune.errors import CalibrationError, ConfigError, PlanMismatchError
@@ -242,8 +242,9 @@ class EntropyPruningCallback(Callback):
         units = None if fitted else (observer.unit_moments() or None)
         with on_device(model, trainer.strategy.root_device):
             try:
+                notes = (*observer.notes, *data_notes(trainer.val_dataloaders))
                 self.calibration_ = calibrate(
-                    model, rows, self.config, units=units, notes=observer.notes, progress=progress
+                    model, rows, self.config, units=units, notes=notes, progress=progress
                 )
             except CalibrationError as error:
                 if not is_rehearsal(trainer):

@@ -4,6 +4,7 @@ from lit_prune.calibration.bypass import RecordedRun, Unit, bypass_units
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.covariance import ChannelCovariance
+from lit_prune.calibration.data_name import data_notes
 from lit_prune.calibration.inputs import real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
@@ -36,6 +37,7 @@ __all__ = [
     "bypass_units",
     "collect_rows",
     "covariance_groups",
+    "data_notes",
     "first_tokens",
     "measure_residuals",
     "measure_sensitivities",

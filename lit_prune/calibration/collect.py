@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lit_prune.calibration.data_name import data_notes
 from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.errors import CalibrationError
@@ -34,7 +35,7 @@ def collect_rows(
             model's.
     """
     found: dict[str, Row] = {}
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = dict.fromkeys(data_notes(dataloader))
     tokens = 0
     for number, batch in enumerate(dataloader):
         if not hasattr(batch, "keys"):

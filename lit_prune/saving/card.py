@@ -44,7 +44,7 @@ def model_card(
     """
     base = _plain_text(str(getattr(model.config, "name_or_path", "") or ""))
     parts = [
-        _front_matter(base),
+        _front_matter(base, prepared.library),
         f"# {_plain_text(name)}",
         _origin(model, base, plan, report),
     ]
@@ -63,9 +63,9 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(base: str) -> str:
+def _front_matter(base: str, library: str) -> str:
     lines = ["---", "tags:", "- lit_prune", "- structured-pruning", "pipeline_tag: text-generation"]
-    lines.append("library_name: transformers")
+    lines.append(f"library_name: {library}")
     if _HUB_NAME.fullmatch(base):
         lines.append(f"base_model: {base}")
     return "\n".join([*lines, "---"])
@@ -92,7 +92,7 @@ def _origin(
 def _calibration(report: PruningReport) -> str:
     facts = {
         key: report.calibration[key]
-        for key in ("samples", "tokens", "data_digest", "statistics_from")
+        for key in ("samples", "tokens", "longest_sample", "data_digest", "statistics_from")
         if key in report.calibration
     }
     if not facts:

@@ -41,6 +41,7 @@ class Prepared(ABC):
         code: Model file that travels beside them, for those without this package.
         checker: The script that looks at the result in a fresh process.
         reader: Who loads it, at the start of a sentence.
+        library: The same, as model hubs call it.
     """
 
     format: str
@@ -52,6 +53,7 @@ class Prepared(ABC):
 
     checker: ClassVar[str]
     reader: ClassVar[str]
+    library: ClassVar[str]
 
     @property
     @abstractmethod
@@ -104,6 +106,7 @@ class PreparedDirectory(Prepared):
 
     checker = "check.py"
     reader = "Plain transformers"
+    library = "transformers"
 
     @property
     @override

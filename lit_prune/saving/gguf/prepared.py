@@ -60,6 +60,7 @@ class PreparedGguf(Prepared):
 
     checker = "check_gguf.py"
     reader = "llama.cpp"
+    library = "llama.cpp"
 
     @property
     @override
