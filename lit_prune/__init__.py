@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.calibration import Calibration
+from lit_prune.checkpoints import follow_checkpoints
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import LitPruneError
@@ -25,6 +26,7 @@ __all__ = [
     "PruningReport",
     "PruningResult",
     "apply_plan",
+    "follow_checkpoints",
     "load_pruned",
     "prune",
     "save_pruned",

@@ -12,15 +12,17 @@ from typing_extensions import override
 
 from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Observer, RowSet, data_notes
+from lit_prune.checkpoints import follow_checkpoints, remember_plan
 from lit_prune.config import PruningConfig, refuse_unknown
 from lit_prune.decoder import find_causal_lm, spec_for
-from lit_prune.errors import CalibrationError, ConfigError, PlanMismatchError
+from lit_prune.errors import CalibrationError, ConfigError
 from lit_prune.measuring import calibrate
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out, refuse_non_finite_weights
 from lit_prune.saving import save_pruned
 from lit_prune.trainer import (
+    STALE,
     forget_averages,
     is_rehearsal,
     load_validation,
@@ -29,6 +31,7 @@ from lit_prune.trainer import (
     refuse_loaders,
     refuse_no_validation,
     refuse_nothing_seen,
+    refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
     refuse_unwritable,
@@ -42,12 +45,11 @@ from lit_prune.views import log_report, log_request, log_unit_entropy
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
     from lit_prune.report import PruningReport
-
-_STALE = "lit_prune_stale_moments"
 
 
 class EntropyPruningCallback(Callback):
@@ -114,6 +116,7 @@ class EntropyPruningCallback(Callback):
         self.dry_run = dry_run
         self.val_dataloader_idx = val_dataloader_idx
         self._observer: Observer | None = None  # open while a validation runs
+        self._following: RemovableHandle | None = None  # while a checkpoint may be loaded
         self._seen: tuple[Observer, int] | None = None  # last complete validation, and its step
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
         self._model: PreTrainedModel | None = None  # the model that was pruned
@@ -124,7 +127,9 @@ class EntropyPruningCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
         self._checked = self._seen = None
+        self._following = follow_checkpoints(pl_module, self.config.language_model)
         self._stale_moments &= stage != "fit"  # a fit makes new optimizers
         if not self._observes(stage, pl_module):
             return
@@ -304,19 +309,14 @@ class EntropyPruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._stale_moments:
-            checkpoint["optimizer_states"] = []
-            checkpoint[_STALE] = True
+            checkpoint |= {"optimizer_states": [], STALE: True}
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if checkpoint.get(_STALE) and trainer.state.fn == TrainerFn.FITTING:
-            raise PlanMismatchError(
-                "this checkpoint was written right after pruning: its weights are pruned, and no "
-                "optimizer state fits them. For recovery fine-tuning start a new fit from these "
-                "weights, without ckpt_path."
-            )
+        refuse_stale_checkpoint(trainer, checkpoint)
+        remember_plan(pl_module, self.config.language_model, checkpoint, self.state_key)
 
     @property
     def _stage(self) -> str:
@@ -342,6 +342,9 @@ class EntropyPruningCallback(Callback):
         return model
 
     def _release(self) -> None:
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
         if self._observer is not None:
             self._observer.close()
             self._observer = None

@@ -8,10 +8,11 @@ import os
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors import SafetensorError
 
 from lit_prune.errors import (
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from lit_prune.report import PruningReport
 
 _log = logging.getLogger(__name__)
+# Marks a checkpoint that was written between the pruning and the next fit.
+STALE = "lit_prune_stale_moments"
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
@@ -122,6 +125,20 @@ def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
         raise CalibrationError(
             f"validation loader{which} has 0 batches ({list(counts)}): nothing to calibrate on. Is "
             "its data set empty, or shorter than one batch with drop_last=True?"
+        )
+
+
+def refuse_stale_checkpoint(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuse to train on from a checkpoint that holds pruned weights and no optimizer state.
+
+    Raises:
+        PlanMismatchError: Says how to go on.
+    """
+    if checkpoint.get(STALE) and trainer.state.fn == TrainerFn.FITTING:
+        raise PlanMismatchError(
+            "this checkpoint was written right after pruning: its weights are pruned, and no "
+            "optimizer state fits them. For recovery fine-tuning start a new fit from these "
+            "weights, without ckpt_path."
         )
 
 

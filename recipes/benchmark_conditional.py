@@ -4,6 +4,7 @@ Run, offline, a few minutes on two CPU cores::
 
     python recipes/benchmark_conditional.py
     python recipes/benchmark_conditional.py --quick      # tiny: proves that it runs
+    python recipes/benchmark_conditional.py --cpu-time   # on a machine that others use meanwhile
 
 For a random Llama of each width: the whole pruning (statistics, damage curves, sensitivities,
 search, compensation, surgery) over one forward pass of the calibration text; what covariances add
@@ -20,7 +21,7 @@ import subprocess
 import sys
 
 import torch
-from benchmark import alternate, peak_bytes, quiet_down, random_rows, surroundings
+from benchmark import CPU_TIME, alternate, peak_bytes, quiet_down, random_rows, surroundings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lit_prune import apply_plan
@@ -114,8 +115,11 @@ def peak_of(hidden: int, layers: int, rows: int, length: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes: proves that it runs")
+    parser.add_argument(CPU_TIME, action="store_true", help="of one thread, for busy machines")
     parser.add_argument("--peak", type=int, nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.cpu_time:
+        torch.set_num_threads(1)
     quiet_down()
     if options.peak:
         peak_of(*options.peak)

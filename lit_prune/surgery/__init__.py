@@ -14,6 +14,7 @@ from lit_prune.surgery.least_squares import (
     least_squares_compensation,
 )
 from lit_prune.surgery.mask import masked
+from lit_prune.surgery.structure import take_structure
 
 __all__ = [
     "DAMPING_FACTORS",
@@ -26,6 +27,7 @@ __all__ = [
     "masked",
     "mean_compensation",
     "stage",
+    "take_structure",
     "unit_columns",
     "weights_digest",
 ]

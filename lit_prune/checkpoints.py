@@ -1,0 +1,87 @@
+"""Checkpoints of pruned models load into modules that build the dense one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lit_prune.decoder import find_causal_lm
+from lit_prune.plan import PruningPlan
+from lit_prune.record import PruningRecord
+from lit_prune.surgery import take_structure
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+
+def follow_checkpoints(module: nn.Module, language_model: str | None = None) -> RemovableHandle:
+    """Let a module take the structure of what is loaded into it, just before it is loaded.
+
+    Call it at the end of ``__init__`` of your LightningModule: then ``load_from_checkpoint`` of a
+    pruned run works, and so does any ``load_state_dict``. With `EntropyPruningCallback` in the
+    Trainer, ``trainer.fit(ckpt_path=...)`` needs no such call.
+
+    Args:
+        module: Holds the language model, dense when it is built.
+        language_model: Its path in ``module``, where there are several.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        PlanMismatchError: While loading, if the weights are those of another model; the module is
+            unchanged.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from torch import nn
+        >>> def module(width):
+        ...     config = LlamaConfig(hidden_size=8, intermediate_size=width, num_hidden_layers=1,
+        ...                          num_attention_heads=2, vocab_size=8)
+        ...     return nn.ModuleDict({"lm": LlamaForCausalLM(config).eval()})
+        >>> dense, pruned = module(16), module(6)
+        >>> handle = follow_checkpoints(dense)
+        >>> dense.load_state_dict(pruned.state_dict())
+        <All keys matched successfully>
+    """
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(
+        partial(_take, language_model)
+    )
+    return handle
+
+
+def _take(
+    language_model: str | None,
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: object,
+) -> None:
+    model = find_causal_lm(module, language_model)
+    path = next(name for name, part in module.named_modules() if part is model)
+    start = prefix + (f"{path}." if path else "")
+    shapes = {
+        name.removeprefix(start): tuple(value.shape)
+        for name, value in state_dict.items()
+        if name.startswith(start)
+    }
+    if shapes:
+        take_structure(model, shapes)
+
+
+def remember_plan(
+    module: nn.Module, language_model: str | None, checkpoint: dict[str, Any], callback: str
+) -> None:
+    """Put the plan that a checkpoint carries on the model that took its structure, if it has none.
+
+    Args:
+        module: Holds the language model; the weights of the checkpoint are in it.
+        language_model: Its path in ``module``, where there are several.
+        checkpoint: As Lightning reads it.
+        callback: Under which name the callback's state lies there.
+    """
+    text = checkpoint.get("callbacks", {}).get(callback, {}).get("plan", "")
+    model = find_causal_lm(module, language_model)
+    if text and getattr(model, "pruning_record", None) is None:
+        model.pruning_record = PruningRecord(PruningPlan.from_json(text))  # type: ignore[assignment] # a plain attribute
