@@ -44,12 +44,13 @@ class DataModule(L.LightningDataModule):
 
 
 def test_there_is_a_block_for_each_way():
-    assert len(BLOCKS) == 3
-    for block, word in zip(BLOCKS, (".fit(", ".validate(", " prune("), strict=True):
+    assert len(BLOCKS) == 4
+    words = (".fit(", ".validate(", " prune(", "follow_checkpoints(self)")
+    for block, word in zip(BLOCKS, words, strict=True):
         assert word in block
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["fit", "validate", "prune"])
+@pytest.mark.parametrize("block", BLOCKS[:3], ids=["fit", "validate", "prune"])
 def test_block_runs_and_prunes(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {
@@ -64,6 +65,15 @@ def test_block_runs_and_prunes(block, tmp_path, monkeypatch):
     dense = sum(p.numel() for p in tiny_model().model.layers.parameters())
     kept = sum(p.numel() for p in model.model.layers.parameters())
     assert 1 - kept / dense == pytest.approx(0.3, abs=0.005)
+
+
+def test_block_of_a_module_follows_a_checkpoint():
+    names = {"dense_model": tiny_model}
+    exec(compile(BLOCKS[3], "README.md", "exec"), names)
+    pruned = tiny_model(intermediate_size=16)
+    module = names["Module"]()
+    module.load_state_dict({f"model.{name}": x for name, x in pruned.state_dict().items()})
+    assert module.model.model.layers[0].mlp.up_proj.out_features == 16
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", README))
