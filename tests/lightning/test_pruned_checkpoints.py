@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_prune import follow_checkpoints
 from lit_prune.decoder import spec_for
@@ -44,7 +45,7 @@ def recovered(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["whole", "weights"])
-def test_load_from_checkpoint_gives_the_pruned_model(name, recovered, tmp_path):
+def test_f32_load_from_checkpoint_gives_the_pruned_model(name, recovered, tmp_path):
     module, _ = recovered
     loaded = Following.load_from_checkpoint(tmp_path / f"{name}.ckpt", weights_only=True)
     shapes = {n: p.shape for n, p in loaded.named_parameters()}
@@ -53,7 +54,7 @@ def test_load_from_checkpoint_gives_the_pruned_model(name, recovered, tmp_path):
     assert loaded.lm.generate(torch.tensor([[5, 6]]), max_new_tokens=4).shape == (1, 6)
 
 
-def test_load_from_checkpoint_in_a_fresh_process(recovered, tmp_path):
+def test_f32_load_from_checkpoint_in_a_fresh_process(recovered, tmp_path):
     module, _ = recovered
     torch.save(logits(module.lm.eval()), tmp_path / "wanted.pt")
     script = (
@@ -71,7 +72,7 @@ def test_load_from_checkpoint_in_a_fresh_process(recovered, tmp_path):
     assert done.returncode == 0, done.stderr[-1500:]
 
 
-def test_the_recovery_resumes_in_a_dense_module_with_the_callback(recovered, tmp_path):
+def test_f32_the_recovery_resumes_in_a_dense_module_with_the_callback(recovered, tmp_path):
     """No call in the module: the callback follows for it, and does not prune again."""
     module, callback = recovered
     fresh, dense = pruner(), LM()
@@ -87,7 +88,7 @@ def test_the_recovery_resumes_in_a_dense_module_with_the_callback(recovered, tmp
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_the_recovery_resumes_in_a_following_module_without_the_callback(recovered, tmp_path):
+def test_f32_the_recovery_resumes_in_a_following_module_without_the_callback(recovered, tmp_path):
     module, _ = recovered
     dense = Following()
     one = fit(tmp_path, dense, ckpt_path=tmp_path / "whole.ckpt", max_epochs=3)
@@ -99,7 +100,7 @@ def test_the_recovery_resumes_in_a_following_module_without_the_callback(recover
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_validate_and_test_of_a_pruned_checkpoint(recovered, tmp_path):
+def test_f32_validate_and_test_of_a_pruned_checkpoint(recovered, tmp_path):
     dense = Following()
     one = trainer(tmp_path)
     one.validate(dense, loader(), ckpt_path=tmp_path / "whole.ckpt", verbose=False)
@@ -113,7 +114,7 @@ def test_a_dense_checkpoint_into_a_dense_module_changes_no_structure(tmp_path):
     assert {n: p.shape for n, p in module.named_parameters()} == before
 
 
-def test_a_dense_checkpoint_into_a_pruned_module_says_what_to_do(recovered):
+def test_f32_a_dense_checkpoint_into_a_pruned_module_says_what_to_do(recovered):
     module, _ = recovered
     follow_checkpoints(module)
     with (
@@ -121,6 +122,24 @@ def test_a_dense_checkpoint_into_a_pruned_module_says_what_to_do(recovered):
         pytest.raises(PlanMismatchError, match=r"units there, \d+ here.*Build the module with the"),
     ):
         module.load_state_dict(LM().state_dict())
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_f32_the_best_checkpoint_of_the_run_is_dense_and_says_so(stage, tmp_path):
+    """Lightning would say "size mismatch" for every parameter."""
+
+    class Tested(LM):
+        def test_step(self, batch, batch_idx):
+            self.validation_step(batch, batch_idx)
+
+    callback, module = pruner(), Tested()
+    save = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    one = fit(tmp_path, module, callback, save, enable_checkpointing=True)
+    with unchanged(module.lm), pytest.raises(PlanMismatchError, match="Build the module with the"):
+        getattr(one, stage)(module, loader(), ckpt_path="best", verbose=False)
+    # and the dense model is where it was
+    dense = Tested.load_from_checkpoint(save.best_model_path, weights_only=True)
+    assert dense.lm.model.layers[0].mlp.up_proj.out_features == 48
 
 
 def test_weights_of_another_model_say_what_differs():
@@ -134,7 +153,7 @@ def test_weights_of_another_model_say_what_differs():
             module.load_state_dict(LM(other).state_dict())
 
 
-def test_another_plan_is_taken_as_it_is(recovered, tmp_path):
+def test_f32_another_plan_is_taken_as_it_is(recovered, tmp_path):
     """A module that was pruned in one way loads what was pruned further."""
     model = tiny_model()
     layers = (LayerPlan(0, (0, 1), tuple(range(40))), *(LayerPlan(i, (0,), ()) for i in (1, 2, 3)))
