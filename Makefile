@@ -28,8 +28,8 @@ help:
 demo: $(READY)
 	@$(BIN)/python recipes/demo.py
 
-# A file of tests stays in one process: its tests share models and plans.
-TOGETHER := -n auto --dist loadfile
+# A file of tests stays in one process: its tests share models and plans. Some 1 GB for each process.
+TOGETHER := -n $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))') --dist loadfile
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q $(TOGETHER)

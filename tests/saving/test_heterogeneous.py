@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -95,7 +96,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, tmp_path):
 
 
 def test_lora_is_added_trained_and_merged(directory):
-    peft = pytest.importorskip("peft")
     model = load_pruned(directory)
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj", "o_proj", "down_proj"], task_type="CAUSAL_LM"
