@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import Subset
+
 
 def data_notes(loaders: Any) -> tuple[str, ...]:  # noqa: ANN401 - whatever a user iterates over
     """Return a note for each named data set: one of `datasets`, with its configuration and split.
@@ -19,8 +21,8 @@ def data_notes(loaders: Any) -> tuple[str, ...]:  # noqa: ANN401 - whatever a us
     several = list(loaders.values()) if isinstance(loaders, dict) else loaders
     for loader in several if isinstance(several, list | tuple) else [several]:
         dataset = getattr(loader, "dataset", loader)
-        while (inner := getattr(dataset, "dataset", None)) is not None:
-            dataset = inner  # a Subset, say
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
         info = getattr(dataset, "info", None)
         name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
         if isinstance(name, str) and name:

@@ -49,6 +49,22 @@ class LayerLayout:
     attention: AttentionLayout | RemovedLayout
     mlp: MlpLayout | RemovedLayout
 
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Projections with a bias; the constant of a removed sub-block is that of its output.
+
+        Example:
+            >>> LayerLayout(RemovedLayout(constant=True), MlpLayout(8, ())).biases
+            ('o_proj',)
+        """
+        names: tuple[str, ...] = ()
+        for part, output in ((self.attention, "o_proj"), (self.mlp, "down_proj")):
+            if not isinstance(part, RemovedLayout):
+                names += part.biases
+            elif part.constant:
+                names += (output,)
+        return names
+
     def to_config(self) -> dict[str, Any]:
         """Return the entry of ``per_layer_config``, in the schema of transformers and our keys.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.decoder.layout import RemovedLayout
 from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
@@ -93,13 +92,8 @@ def _needed(body: Body) -> dict[str, int]:
     """Return the projections that need a bias, each with the first layer that needs it."""
     found: dict[str, int] = {}
     for index, layer in body.layers.items():
-        for part, output in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
-            if isinstance(part, RemovedLayout):
-                names: tuple[str, ...] = (output,) if part.constant else ()
-            else:
-                names = part.biases
-            for name in names:
-                found.setdefault(name, index)
+        for name in layer.biases:
+            found.setdefault(name, index)
     return found
 
 

@@ -16,6 +16,9 @@ import torch
 from gguf import GGUFReader
 from safetensors import safe_open
 
+from lit_prune.saving.check import Different
+from lit_prune.saving.verify import ONLY_READ
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -25,11 +28,6 @@ if TYPE_CHECKING:
 # and llama.cpp rounds what meets a weight of 16 bits to the type of that weight.
 _CLOSE = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.2}
 _F32 = 0  # ggml's number for it
-_ONLY_READ = 3
-
-
-class Different(Exception):  # noqa: N818 - what was found, not what went wrong here
-    """What was saved is not what was in memory."""
 
 
 def read_back(path: Path, digest: str) -> str:
@@ -96,7 +94,7 @@ def check(directory: Path, reference: Path) -> tuple[int, str]:
     try:
         from llama_cpp import Llama
     except ImportError:
-        return _ONLY_READ, words + "not run: llama-cpp-python is not installed"
+        return ONLY_READ, words + "not run: llama-cpp-python is not installed"
     llama = Llama(
         str(path), n_ctx=64, n_gpu_layers=0, n_threads=1, logits_all=True, type_k=_F32, type_v=_F32,
         flash_attn=False, verbose=False,

@@ -34,6 +34,7 @@ class Prepared(ABC):
     Attributes:
         format: Key of the registry.
         skeleton: The structure of the model, without weights, as transformers builds it.
+        tensors: The weights under their stored names.
         verbatim: Whether the weights are those of the model, and the structure too. Otherwise it
             computes the same up to the order of sums.
         notes: What was done to the model, and what it costs, in sentences.
@@ -42,10 +43,12 @@ class Prepared(ABC):
         checker: The script that looks at the result in a fresh process.
         reader: Who loads it, at the start of a sentence.
         library: The same, as model hubs call it.
+        keeps_buffers: Whether rotary frequencies that were rounded can travel along.
     """
 
     format: str
     skeleton: PreTrainedModel
+    tensors: dict[str, Tensor]
     verbatim: bool
     notes: tuple[str, ...] = ()
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -54,6 +57,7 @@ class Prepared(ABC):
     checker: ClassVar[str]
     reader: ClassVar[str]
     library: ClassVar[str]
+    keeps_buffers: ClassVar[bool]
 
     @property
     @abstractmethod
@@ -61,9 +65,9 @@ class Prepared(ABC):
         """Name of the class that it loads as."""
 
     @property
-    @abstractmethod
     def num_bytes(self) -> int:
         """Size of the weights."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -96,27 +100,21 @@ class PreparedDirectory(Prepared):
 
     Attributes:
         config: Content of ``config.json``.
-        tensors: The weights under their stored names.
         ties: Further name → the stored name.
     """
 
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
     ties: dict[str, str]
 
     checker = "check.py"
     reader = "Plain transformers"
     library = "transformers"
+    keeps_buffers = True
 
     @property
     @override
     def class_name(self) -> str:
         return type(self.skeleton).__name__
-
-    @property
-    @override
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @override
     def describe(self) -> dict[str, Any]:

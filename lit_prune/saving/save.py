@@ -126,7 +126,7 @@ def save_pruned(
     buffers = buffers_to_save(model, prepared.skeleton)
     with staged(directory, overwrite=overwrite, num_bytes=prepared.num_bytes) as folder:
         prepared.write(folder, max_shard_bytes)
-        if buffers and prepared.checker == "check.py":
+        if buffers and prepared.keeps_buffers:
             write_tensors(folder / BUFFERS, buffers)
         write_generation_config(model, folder)
         if plan is not None:

@@ -21,7 +21,8 @@ from lit_prune.decoder import spec_for
 from lit_prune.errors import ArtifactError, ConfigError, FormatError, UnsupportedModelError
 from lit_prune.plan import PruningPlan
 from lit_prune.saving import load_pruned, save_pruned
-from lit_prune.saving.check_gguf import Different, read_back
+from lit_prune.saving.check import Different
+from lit_prune.saving.check_gguf import read_back
 from lit_prune.saving.files import sha256_of
 from lit_prune.saving.formats import FORMATS
 from lit_prune.saving.gguf.rope import llama3_divisors

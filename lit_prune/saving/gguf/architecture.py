@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lit_prune.decoder.layout import AttentionLayout, MlpLayout, RemovedLayout
+from lit_prune.decoder.layout import AttentionLayout, MlpLayout
 from lit_prune.errors import FormatError
 from lit_prune.saving.body import Body, Widths
 
@@ -38,7 +38,6 @@ class Architecture:
         fused: Queries, keys and values are one tensor.
         tied: Whether it always reads the output from the embeddings.
         scales: Whether it has Granite's multipliers.
-        head_norms: Whether it has norms over queries and keys.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Architecture:
     fused: bool = False
     tied: bool = False
     scales: bool = False
-    head_norms: bool = False
 
 
 _LLAMA = Architecture(name="llama", biases=_EVERY, permuted=True)
@@ -61,8 +59,8 @@ CHOICES: dict[str, tuple[Architecture, ...]] = {
     "mistral": (_LLAMA, _DECI),
     "qwen2": (Architecture(name="qwen2", biases=_QKV, needs=_QKV, square=True), _LLAMA, _DECI),
     "qwen3": (
-        Architecture(name="qwen3", head_norms=True),
-        Architecture(name="openelm", per_block=True, fused=True, tied=True, head_norms=True),
+        Architecture(name="qwen3"),
+        Architecture(name="openelm", per_block=True, fused=True, tied=True),
     ),
     "granite": (
         Architecture(
@@ -99,12 +97,7 @@ def _blocked(choice: Architecture, body: Body) -> str | None:
             f"{body.hidden_size}"
         )
     for index, layer in body.layers.items():
-        names = set[str]()
-        for part, output in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
-            if not isinstance(part, RemovedLayout):
-                names |= set(part.biases)
-            elif part.constant:
-                names.add(output)
+        names = frozenset(layer.biases)
         if extra := sorted(names - choice.biases):
             return (
                 f"layer {index} has a bias on {', '.join(extra)}, architecture {choice.name} "

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_prune.decoder.layout import AttentionLayout, MlpLayout, RemovedLayout
+from lit_prune.decoder.layout import AttentionLayout, MlpLayout
 from lit_prune.saving.body import Widths, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lit_prune.decoder import Family
-    from lit_prune.decoder.layout import LayerLayout
     from lit_prune.saving.body import Body
     from lit_prune.saving.gguf.architecture import Architecture
 
@@ -53,7 +52,7 @@ def block_tensors(
         position: Its number in the file.
     """
     family, layer = body.family, body.layers[index]
-    own = widen(body, index, widths, _biased(choice, layer))
+    own = widen(body, index, widths, choice.needs.union(layer.biases))
     if not widths.kv_groups:
         kept = (family.mlp_norm, family.gate, family.up, family.mlp_output)
         own = {n: t for n, t in own.items() if n.rpartition(".")[0] in kept}
@@ -84,16 +83,6 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape).contiguous()
-
-
-def _biased(choice: Architecture, layer: LayerLayout) -> frozenset[str]:
-    names = set(choice.needs)
-    for part, output in ((layer.attention, "o_proj"), (layer.mlp, "down_proj")):
-        if not isinstance(part, RemovedLayout):
-            names |= set(part.biases)
-        elif part.constant:
-            names.add(output)
-    return frozenset(names)
 
 
 def _names(family: Family) -> dict[str, str]:

@@ -47,7 +47,6 @@ class PreparedGguf(Prepared):
         model: What is saved.
         choice: The architecture of llama.cpp.
         widths: Of each block in the file.
-        tensors: By their names in the file.
         vocabulary: What the file knows of the tokenizer.
     """
 
@@ -55,22 +54,17 @@ class PreparedGguf(Prepared):
     choice: Architecture
     widths: tuple[Widths, ...]
     head_dim: int
-    tensors: dict[str, Tensor]
     vocabulary: Vocabulary
 
     checker = "check_gguf.py"
     reader = "llama.cpp"
     library = "llama.cpp"
+    keeps_buffers = False
 
     @property
     @override
     def class_name(self) -> str:
         return self.choice.name
-
-    @property
-    @override
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @override
     def describe(self) -> dict[str, Any]:
@@ -199,12 +193,12 @@ def gguf(model: PreTrainedModel) -> PreparedGguf:
     choice = architecture_for(model, body)
     parameters_of(model)
     widths = block_widths(choice, body)
-    tensors: dict[str, Tensor] = {"token_embd.weight": _plain(body, "model.embed_tokens.weight")}
+    tensors: dict[str, Tensor] = {"token_embd.weight": body.tensors["model.embed_tokens.weight"]}
     for position, index in enumerate(body.layers):
         tensors |= block_tensors(choice, body, index, widths[index], position)
-    tensors["output_norm.weight"] = _plain(body, f"{body.family.final_norm}.weight")
+    tensors["output_norm.weight"] = body.tensors[f"{body.family.final_norm}.weight"]
     if not body.ties:
-        tensors["output.weight"] = _plain(body, f"{body.family.head}.weight")
+        tensors["output.weight"] = body.tensors[f"{body.family.head}.weight"]
     return PreparedGguf(
         format=NAME,
         skeleton=skeleton,
@@ -217,10 +211,6 @@ def gguf(model: PreTrainedModel) -> PreparedGguf:
         tensors={name: _stored(tensor) for name, tensor in tensors.items()},
         vocabulary=vocabulary_of(None),
     )
-
-
-def _plain(body: Body, name: str) -> Tensor:
-    return body.tensors[name]
 
 
 def _stored(tensor: Tensor) -> Tensor:
