@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lit_prune.decoder import KINDS
@@ -51,9 +52,15 @@ def damage_curves(
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if least < math.inf:
             # sub-blocks differ by orders of magnitude: linear up to a hundredth of the least of all
-            axes.set_yscale("symlog", linthresh=least / 100 or 1.0)
-            axes.yaxis.set_major_formatter("{x:g}")
+            linear = least / 100 or 1.0
+            axes.set_yscale("symlog", linthresh=linear)
+            axes.yaxis.set_major_formatter(partial(_label, linear))
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.supxlabel("dots: what the plan removes; numbers: layers", fontsize=9)
     return figure
+
+
+def _label(linear: float, value: float, _position: int | None) -> str:
+    """Name a tick; decades in the linear part crowd around zero and get no name."""
+    return "" if 0 < value < linear else f"{value:g}"
