@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FEWEST_DOCUMENTS = 20
 STRETCH = 2048
 # Of a larger corpus one random stretch of each document is tokenized: 128 rows are wanted.
-MOST_CHARACTERS = 16_000_000
+MOST_CHARACTERS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def read_texts(options: argparse.Namespace, tokenizer: Any) -> Texts:
         train_name, train = _names(options.train), options.train
     if options.test:
         test_name, test = _names(options.test), options.test
-    calibration = shortened(read_files(train) if train else stdlib_documents("train"))
+    calibration = shortened(read_files(train)) if train else stdlib_documents("train")
     blocks = pack(calibration, tokenizer, options.context)["input_ids"][:]
     scored = read_files(test) if test else stdlib_documents(options.split)
     return Texts(

@@ -63,18 +63,20 @@ class ChannelCovariance(Metric):
 
     def measure(self, x: Tensor) -> Moments:
         """Return count, mean and centred second moments of ``[tokens, channels]``; add nothing."""
-        channels = x.shape[-1]
-        zero = torch.zeros(channels, dtype=torch.float64, device=x.device)
-        whole: Moments = (
-            torch.zeros((), dtype=torch.int64, device=x.device),
-            zero,
-            torch.outer(zero, zero),
-        )
-        for block in x.split(max(1, _BLOCK_ELEMENTS // channels)) if len(x) else ():
-            mean = block.double().mean(0)
-            centred = block.double() - mean
-            whole = _merge(whole, (whole[0].new_tensor(len(block)), mean, centred.T @ centred))
-        return whole
+        channels, tokens = x.shape[-1], len(x)
+        m2 = torch.zeros(channels, channels, dtype=torch.float64, device=x.device)
+        if not tokens:
+            return torch.zeros((), dtype=torch.int64, device=x.device), m2.diagonal().clone(), m2
+        # about a centre near the mean, so that little is taken off again
+        centre = x[:64].double().mean(0)
+        shift = torch.zeros_like(centre)
+        for block in x.split(max(1, _BLOCK_ELEMENTS // channels)):
+            centred = block.double() - centre
+            shift += centred.sum(0)
+            m2.addmm_(centred.T, centred)
+        shift /= tokens
+        m2.addr_(shift, shift, alpha=-tokens)
+        return torch.tensor(tokens, device=x.device), centre + shift, m2
 
     def compute(self) -> Tensor:
         """Return the population covariance, ``[channels, channels]``.
@@ -111,5 +113,5 @@ def _merge(a: Moments, b: Moments) -> Moments:
     count = a[0] + b[0]
     weight = b[0].double() / count.clamp_min(1)
     delta = b[1] - a[1]
-    mean = a[1] + weight * delta
-    return count, mean, a[2] + b[2] + a[0].double() * weight * torch.outer(delta, delta)
+    m2 = torch.add(a[2], b[2]).addr_(delta * (a[0].double() * weight), delta)
+    return count, a[1] + weight * delta, m2

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.errors import ScoreError
+from lit_prune.importance.columns import columns_of
 
 
 def order_damage(
@@ -41,8 +42,7 @@ def order_damage(
         raise ScoreError(
             f"order has {len(order)} entries, expected each of {units} units exactly once."
         )
-    columns = (order.flip(0).unsqueeze(1) * unit_width + torch.arange(unit_width)).reshape(-1)
-    columns = columns.to(covariance.device)
+    columns = columns_of(order.flip(0).to(covariance.device), unit_width)
     ordered = covariance.double()[columns][:, columns]
     factor, failed = torch.linalg.cholesky_ex(ordered)
     if bool(failed):
