@@ -7,10 +7,8 @@ on, every twentieth to score on)::
     python recipes/train_benchmark.py wide --text novels/*.txt --out runs/novels-wide
 
 ``deep`` is a Llama of 16 narrow layers with grouped-query attention, ``wide`` one of four layers
-with multi-head attention; both have 5–10 M parameters. On a GPU three minutes train them well::
-
-    python recipes/train_benchmark.py deep --text novels/*.txt --out runs/novels-deep \\
-        --accelerator gpu --precision bf16-mixed --batch-size 64 --max-minutes 3
+with multi-head attention; both have 5–10 M parameters. On a GPU three minutes train them well:
+``--accelerator gpu --precision bf16-mixed --batch-size 64 --max-minutes 3``.
 
 What is written is a Hugging Face directory with its tokenizer and ``training.json``: corpus, seed,
 tokens, held-out perplexity, and which files were held out, so that ``compare.py --model
@@ -98,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="needs a C++ compiler; faster")
     parser.add_argument("--precision", default="32-true", help="bf16-mixed where it is fast")
     parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
-    parser.add_argument("--batch-size", type=int, default=2, help="blocks of a step; a GPU wants 64")
+    parser.add_argument("--batch-size", type=int, default=2, help="blocks; a GPU wants 64")
     return parser.parse_args()
 
 
