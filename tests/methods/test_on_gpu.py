@@ -19,7 +19,6 @@ def ratio_of(preset):
     return 0.25 if not {"kv_group", "channel"} & set(PRESETS[preset].granularities) else 0.3
 
 
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_prunes_a_model_where_it_is(preset, tmp_path):
@@ -30,7 +29,6 @@ def test_a_preset_prunes_a_model_where_it_is(preset, tmp_path):
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     assert torch.isfinite(model(torch.ones(1, 4, dtype=torch.int64).cuda()).logits).all()
     save_pruned(model, tmp_path / "pruned")
-
 
 
 @pytest.mark.gpu
