@@ -129,9 +129,9 @@ def _eliminate(
         past = past_factor[:, columns].T
         f = inverse[columns] - past @ past_factor
         u = rows[columns] - past @ past_written
-        lower = torch.linalg.cholesky_ex(f[:, columns]).L
-        f = factor[here] = torch.linalg.solve_triangular(lower, f, upper=False)
-        u = written[here] = torch.linalg.solve_triangular(lower, u, upper=False)
+        lower = _lower(f[:, columns])
+        f = factor[here] = _forward(lower, f)
+        u = written[here] = _forward(lower, u)
         # the weights' Gram blocks follow: (W - f^T u)^2 by its parts
         z = u @ rows.T - (u @ past_written.T) @ past_factor - 0.5 * (u @ u.T) @ f
         cross = gram_blocks(f, z, width)
@@ -141,3 +141,15 @@ def _eliminate(
         leaving.append(unit)
         costs.append(u.square().sum())
     return torch.cat(leaving), torch.stack(costs), factor, written
+
+
+def _lower(block: Tensor) -> Tensor:
+    """Return the Cholesky factor; of a single number without the solver, whose call costs more."""
+    return block.sqrt() if len(block) == 1 else torch.linalg.cholesky_ex(block).L
+
+
+def _forward(lower: Tensor, rows: Tensor) -> Tensor:
+    """Return ``lower^-1 rows``."""
+    if len(lower) == 1:
+        return rows / lower
+    return torch.linalg.solve_triangular(lower, rows, upper=False)
