@@ -11,18 +11,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lit_prune.allocation import refuse_impossible
-from lit_prune.calibration import Observer, RowSet, data_notes
+from lit_prune.calibration import Observer
 from lit_prune.checkpoints import follow_checkpoints, remember_plan
 from lit_prune.config import PruningConfig, refuse_unknown
 from lit_prune.decoder import find_causal_lm, spec_for
 from lit_prune.errors import CalibrationError, ConfigError
-from lit_prune.measuring import calibrate
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out, refuse_non_finite_weights
-from lit_prune.saving import save_pruned
-from lit_prune.trainer import (
+from lit_prune.running import (
     STALE,
+    Artifacts,
+    Seen,
+    calibrate_on,
     forget_averages,
     is_rehearsal,
     load_validation,
@@ -34,13 +35,13 @@ from lit_prune.trainer import (
     refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
-    refuse_unwritable,
+    shows_progress,
+    steps_since,
+    tell,
     validate_within_fit,
-    write_calibration,
-    write_plan,
-    write_report,
 )
-from lit_prune.views import log_report, log_request, log_unit_entropy
+from lit_prune.saving import save_pruned
+from lit_prune.views import log_request, log_unit_entropy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,7 +118,8 @@ class EntropyPruningCallback(Callback):
         self.val_dataloader_idx = val_dataloader_idx
         self._observer: Observer | None = None  # open while a validation runs
         self._following: RemovableHandle | None = None  # while a checkpoint may be loaded
-        self._seen: tuple[Observer, int] | None = None  # last complete validation, and its step
+        self._seen: Seen | None = None  # the last complete validation
+        self._artifacts = Artifacts(None)  # where this run's files go
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
         self._model: PreTrainedModel | None = None  # the model that was pruned
         self._restored: PruningPlan | None = None  # of a resumed checkpoint
@@ -134,7 +136,7 @@ class EntropyPruningCallback(Callback):
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
-        refuse_unwritable(trainer)
+        self._artifacts = Artifacts.of(trainer)
         if stage == self._stage:
             refuse_no_validation(trainer, stage)
         # `configure_model` runs after `setup`: what it makes is checked when the run starts
@@ -195,8 +197,8 @@ class EntropyPruningCallback(Callback):
         calibration = observer.calibration()
         if not is_rehearsal(trainer):  # now, not when hours of training are over
             calibration.require(self.config.min_calibration_tokens)
-        self._seen, self.calibration_ = (observer, trainer.global_step), calibration
-        write_calibration(trainer, calibration)
+        self._seen, self.calibration_ = Seen(observer, trainer.global_step), calibration
+        self._artifacts.calibration(calibration)
         if trainer.is_global_zero and calibration.units:
             scores = entropy_scores(spec_for(observer.model), calibration, self.config)
             log_unit_entropy(trainer.loggers, scores.units, trainer.global_step)
@@ -234,51 +236,24 @@ class EntropyPruningCallback(Callback):
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._seen is None:
             raise CalibrationError("this run trained and validated nothing: nothing to prune by.")
-        observer, step = self._seen
-        model, rows = self._check_request(pl_module), RowSet.of(observer.rows.values())
-        fitted = trainer.state.fn == TrainerFn.FITTING
-        warnings = []
-        if fitted and (moved := trainer.global_step - step):
-            warnings = [f"{moved} optimizer steps followed the last validation: replayed its text"]
-        bar = trainer.progress_bar_callback
-        progress = trainer.is_global_zero and bool(getattr(bar, "is_enabled", False))
-        # after a fit the weights may be others than those validated: more steps, averages, a best
-        # checkpoint that was loaded back
-        units = None if fitted else (observer.unit_moments() or None)
+        model, dry = self._check_request(pl_module), self.dry_run or is_rehearsal(trainer)
         with on_device(model, trainer.strategy.root_device):
-            try:
-                notes = (*observer.notes, *data_notes(trainer.val_dataloaders))
-                self.calibration_ = calibrate(
-                    model, rows, self.config, units=units, notes=notes, progress=progress
-                )
-            except CalibrationError as error:
-                if not is_rehearsal(trainer):
-                    raise
-                rank_zero_info(f"lit_prune: fast_dev_run is too short to plan a pruning: {error}")
+            calibration = calibrate_on(trainer, model, self._seen, self.config)
+            if calibration is None:
                 return
-            dry = self.dry_run or is_rehearsal(trainer)
+            self.calibration_ = calibration
             planned, self.report_ = carry_out(
-                model, self.calibration_, self.config, dry_run=dry, warnings=warnings,
-                keep=partial(write_plan, trainer, self.calibration_), progress=progress,
+                model, calibration, self.config, dry_run=dry,
+                warnings=steps_since(trainer, self._seen),
+                keep=partial(self._artifacts.plan, calibration), progress=shows_progress(trainer),
             )  # fmt: skip
             self.plan_ = planned.plan
             if not dry:
-                self._model, self._stale_moments = model, fitted
+                self._model = model
+                self._stale_moments = trainer.state.fn == TrainerFn.FITTING
                 forget_averages(trainer)
-        rank_zero_info(f"lit_prune: {self.report_.headline()}")
-        write_report(trainer, self.report_)
-        if trainer.is_global_zero:
-            scores = planned.scores
-            log_report(
-                trainer.loggers,
-                spec=planned.budget.spec,
-                plan=self.plan_,
-                report=self.report_,
-                entropies=scores.units,
-                transfer={(unit.layer, unit.kind): te for unit, te in scores.transfer.items()},
-                damage=planned.damage,
-                step=trainer.global_step,
-            )
+        self._artifacts.report(self.report_)
+        tell(trainer, planned, self.report_)
 
     def save_pruned(self, directory: str | Path, **options: Any) -> Path:
         """Save the pruned model with its plan and report; see `lit_prune.save_pruned`.

@@ -35,9 +35,9 @@ DIRECT = {
     "pruner": {"sequential", "report", "measurement", "record"},
     "saving": {"plan", "decoder", "surgery", "report", "record"},
     "views": {"plan", "report"},
-    "trainer": set(),
+    "running": {"measuring", "report", "views", "planning"},
     "checkpoints": {"surgery", "record"},
-    "callback": {"pruner", "views", "saving", "trainer", "checkpoints"},
+    "callback": {"pruner", "views", "saving", "running", "checkpoints"},
     "finetune": {"callback"},
     "testing": {"callback"},
     "cli": {"callback", "finetune", "testing"},
@@ -45,7 +45,7 @@ DIRECT = {
 }
 PURE = {"importance"}  # third parties: torch only
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
-KNOWS_LIGHTNING = {"callback", "trainer", "finetune", "cli"}
+KNOWS_LIGHTNING = {"callback", "running", "finetune", "cli"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

@@ -145,7 +145,8 @@ def _eliminate(
 
 def _lower(block: Tensor) -> Tensor:
     """Return the Cholesky factor; of a single number without the solver, whose call costs more."""
-    return block.sqrt() if len(block) == 1 else torch.linalg.cholesky_ex(block).L
+    lower: Tensor = block.sqrt() if len(block) == 1 else torch.linalg.cholesky_ex(block).L
+    return lower
 
 
 def _forward(lower: Tensor, rows: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import lightning as L
 import pytest
 import torch
 
-import lit_prune.callback
 import lit_prune.pruner
+import lit_prune.running.pruning
 from lit_prune.calibration import Calibration, RecordedRun, TwoStreams
 from lit_prune.errors import ArtifactError, BudgetError, CalibrationError, SurgeryError
 from lit_prune.surgery.edits import StagedEdits
@@ -163,7 +163,7 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
-        (lit_prune.callback, "calibrate", 1),
+        (lit_prune.running.pruning, "calibrate", 1),
         (RecordedRun, "__init__", 1),
         (RecordedRun, "without", 5),
         (lit_prune.pruner, "make_plan", 1),
@@ -198,7 +198,7 @@ def test_f18_ctrl_c_until_the_report_is_made_leaves_the_model_dense(
 
 def test_f18_ctrl_c_after_the_report_leaves_the_model_pruned_and_recorded(tmp_path, monkeypatch):
     callback, module = pruner(), frozen(LM())
-    stop_at_call(monkeypatch, lit_prune.callback, "log_report", 1)
+    stop_at_call(monkeypatch, lit_prune.running.pruning, "log_report", 1)
     dense = decoder_parameters(module.lm)
     with interrupted():
         fit(tmp_path, module, callback)

@@ -1,22 +1,14 @@
-"""What the callback does with a Trainer: refusals, validations, files, device, averaged copies."""
+"""What a run is refused for, before it starts or before it would go wrong."""
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-from contextlib import contextmanager, suppress
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from safetensors import SafetensorError
 
 from lit_prune.errors import (
-    ArtifactError,
     CalibrationError,
     ConfigError,
     PlanMismatchError,
@@ -24,17 +16,12 @@ from lit_prune.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
     from transformers import PreTrainedModel
 
-    from lit_prune.calibration import Calibration, Observer
-    from lit_prune.planning import Planned
-    from lit_prune.report import PruningReport
+    from lit_prune.calibration import Observer
 
-_log = logging.getLogger(__name__)
 # Marks a checkpoint that was written between the pruning and the next fit.
 STALE = "lit_prune_stale_moments"
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -181,132 +168,3 @@ def refuse_nothing_seen(trainer: Trainer, observer: Observer) -> None:
         "saw no real token. Is the loader empty? Is the model called in validation_step, and not "
         "only its base model, or with a KV cache, or in generate?"
     )
-
-
-def load_validation(trainer: Trainer) -> None:
-    """Load the validation loaders of a fit before its first step, however far off they are."""
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # once: later calls find them loaded
-    trainer.training = True
-
-
-def validate_within_fit(trainer: Trainer) -> None:
-    """Run the validation loop of a fit once, as the training loop does."""
-    trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
-    trainer.training = True
-
-
-def is_rehearsal(trainer: Trainer) -> bool:
-    """Return whether this is a ``fast_dev_run``: all code runs once, nothing is meant."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def artifacts_folder(trainer: Trainer) -> Path | None:
-    """Return ``pruning/`` in the run's folder, on rank zero; call it on every rank.
-
-    None where no files are left: a ``fast_dev_run``, a ``barebones`` Trainer, other ranks.
-    """
-    root = trainer.log_dir or trainer.default_root_dir  # Lightning broadcasts it: on every rank
-    if is_rehearsal(trainer) or trainer.barebones or not trainer.is_global_zero:
-        return None
-    return Path(root) / "pruning"
-
-
-def refuse_unwritable(trainer: Trainer) -> None:
-    """Refuse a run whose artifacts could not be written; nothing is written for that.
-
-    Raises:
-        ArtifactError: Names what is in the way.
-    """
-    folder = artifacts_folder(trainer)
-    if folder is None:
-        return
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        what = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ArtifactError(
-            f"calibration, plan and report go to {folder}, and {there} {what}. Make it writable, "
-            "or give the Trainer another default_root_dir (or its logger another save_dir)."
-        )
-
-
-def write_calibration(trainer: Trainer, calibration: Calibration) -> None:
-    """Write what a validation has left. A failure is a warning: the training goes on."""
-    with _told():
-        _write(trainer, {"calibration.safetensors": calibration.save})
-
-
-def write_plan(trainer: Trainer, calibration: Calibration, planned: Planned) -> None:
-    """Write what was decided, before anything is cut.
-
-    Raises:
-        ArtifactError: If a file cannot be written; says what is where it was.
-    """
-    files: dict[str, Callable[[Path], None]] = {
-        "calibration.safetensors": calibration.save,
-        "plan.json": partial(_save_text, planned.plan.to_json()),
-    }
-    if planned.compensation is not None:
-        files["compensation.safetensors"] = planned.compensation.save
-    _write(trainer, files)
-
-
-def write_report(trainer: Trainer, report: PruningReport) -> None:
-    """Write the report. A failure is a warning: the model is already pruned, the report in hand."""
-    with _told():
-        _write(trainer, {"report.json": partial(_save_text, report.to_json())})
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except ArtifactError as error:
-        _log.warning("%s", error)
-
-
-def _write(trainer: Trainer, files: Mapping[str, Callable[[Path], None]]) -> None:
-    """Write files by name, each whole or not at all."""
-    folder = artifacts_folder(trainer)
-    if folder is None:
-        return
-    for name, save in files.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save(folder / name)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                (folder / f".{name}.tmp").unlink()
-            raise ArtifactError(
-                f"{folder / name} could not be written: {error}. A file that was there before is "
-                "whole. Is the disk full?"
-            ) from error
-
-
-def _save_text(text: str, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def forget_averages(trainer: Trainer) -> None:
-    """Let averaging callbacks drop their copy, as if no fit had begun.
-
-    It has dense shapes, it has been copied into the model when training ended, and a later
-    ``trainer.validate`` or ``save_checkpoint`` would put it back.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
-            callback._average_model = None
-
-
-@contextmanager
-def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Work where the model was trained: Lightning has moved it to the CPU when a fit ends."""
-    home = next(model.parameters()).device
-    try:
-        model.to(device)  # type: ignore[arg-type]
-        yield
-    finally:
-        model.to(home)  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""What Lightning's loops, devices and other callbacks need to be told."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.callbacks import WeightAveraging
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedModel
+
+
+def load_validation(trainer: Trainer) -> None:
+    """Load the validation loaders of a fit before its first step, however far off they are."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # once: later calls find them loaded
+    trainer.training = True
+
+
+def validate_within_fit(trainer: Trainer) -> None:
+    """Run the validation loop of a fit once, as the training loop does."""
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
+def is_rehearsal(trainer: Trainer) -> bool:
+    """Return whether this is a ``fast_dev_run``: all code runs once, nothing is meant."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def forget_averages(trainer: Trainer) -> None:
+    """Let averaging callbacks drop their copy, as if no fit had begun.
+
+    It has dense shapes, it has been copied into the model when training ended, and a later
+    ``trainer.validate`` or ``save_checkpoint`` would put it back.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging):
+            callback._average_model = None
+
+
+@contextmanager
+def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Work where the model was trained: Lightning has moved it to the CPU when a fit ends."""
+    home = next(model.parameters()).device
+    try:
+        model.to(device)  # type: ignore[arg-type]
+        yield
+    finally:
+        model.to(home)  # type: ignore[arg-type]
