@@ -27,6 +27,7 @@ from lit_prune.running import (
     forget_averages,
     is_rehearsal,
     load_validation,
+    makes_its_model,
     on_device,
     refuse_compiled,
     refuse_loaders,
@@ -140,7 +141,7 @@ class EntropyPruningCallback(Callback):
         if stage == self._stage:
             refuse_no_validation(trainer, stage)
         # `configure_model` runs after `setup`: what it makes is checked when the run starts
-        if type(pl_module).configure_model is LightningModule.configure_model:
+        if not makes_its_model(pl_module):
             self._check_request(pl_module)
         if trainer.is_global_zero:
             # TensorBoard shows the first hyperparameters of a run: with the module's, not after

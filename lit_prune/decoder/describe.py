@@ -77,8 +77,10 @@ def refuse_altered_weights(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") or hasattr(module, "lora_A"):
             raise UnsupportedModelError(
-                f"{name} is wrapped by an adapter ({type(module).__name__}): call "
-                "merge_and_unload() first."
+                f"{name} is wrapped by an adapter ({type(module).__name__}), and a plan cuts plain "
+                "weights. Fine-tune without the pruning callback, then module.lm = "
+                "module.lm.merge_and_unload() (wherever yours is), and prune: prune(...), or "
+                "EntropyPruningCallback(when='validate') and trainer.validate(module, loader)."
             )
         if isinstance(module, torch._dynamo.OptimizedModule):
             raise UnsupportedModelError(

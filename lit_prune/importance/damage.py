@@ -151,6 +151,8 @@ def _lower(block: Tensor) -> Tensor:
 
 def _forward(lower: Tensor, rows: Tensor) -> Tensor:
     """Return ``lower^-1 rows``."""
-    if len(lower) == 1:
-        return rows / lower
-    return torch.linalg.solve_triangular(lower, rows, upper=False)
+    solved: Tensor
+    solved = (
+        rows / lower if len(lower) == 1 else torch.linalg.solve_triangular(lower, rows, upper=False)
+    )
+    return solved

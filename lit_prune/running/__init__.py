@@ -5,6 +5,7 @@ from lit_prune.running.loops import (
     forget_averages,
     is_rehearsal,
     load_validation,
+    makes_its_model,
     on_device,
     validate_within_fit,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "forget_averages",
     "is_rehearsal",
     "load_validation",
+    "makes_its_model",
     "on_device",
     "refuse_compiled",
     "refuse_loaders",

@@ -5,14 +5,19 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import WeightAveraging
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from transformers import PreTrainedModel
+
+
+def makes_its_model(pl_module: LightningModule) -> bool:
+    """Return whether the user's module builds its model in ``configure_model``."""
+    # not by identity: under `pytorch_lightning` the one that does nothing is another function
+    root = type(pl_module).configure_model.__module__.partition(".")[0]
+    return root not in ("lightning", "pytorch_lightning")
 
 
 def load_validation(trainer: Trainer) -> None:
@@ -41,7 +46,8 @@ def forget_averages(trainer: Trainer) -> None:
     ``trainer.validate`` or ``save_checkpoint`` would put it back.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging):
+        # by name: `pytorch_lightning` has a class of its own
+        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
             callback._average_model = None
 
 

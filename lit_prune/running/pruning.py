@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -12,7 +13,7 @@ from lit_prune.calibration import Calibration, RowSet, data_notes
 from lit_prune.errors import CalibrationError
 from lit_prune.measuring import calibrate
 from lit_prune.running.loops import is_rehearsal
-from lit_prune.views import log_report
+from lit_prune.views import log_report, report_scalars
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -81,8 +82,14 @@ def shows_progress(trainer: Trainer) -> bool:
 
 
 def tell(trainer: Trainer, planned: Planned, report: PruningReport) -> None:
-    """Say the headline, and give the loggers everything."""
+    """Say the headline, and give the loggers everything.
+
+    What loggers get as scalars is in ``trainer.callback_metrics`` too, where a search over
+    hyperparameters reads what a run came to.
+    """
     rank_zero_info(f"lit_prune: {report.headline()}")
+    scalars = {name: torch.tensor(value) for name, value in report_scalars(report).items()}
+    trainer.callback_metrics.update(scalars)
     if trainer.is_global_zero:
         log_report(
             trainer.loggers,
