@@ -99,6 +99,9 @@ def test_every_batch_style_gives_the_same_rows(tmp_path, kind, collate):
     assert len(callback.calibration_.rows.rows) == len(ROWS)
 
 
+@pytest.mark.event(
+    "Runs", "several validation loaders", "all are observed, or the one of `val_dataloader_idx`"
+)
 @pytest.mark.parametrize(("index", "count"), [(None, 80), (0, 40), (1, 40)])
 def test_several_loaders_all_or_one(tmp_path, index, count):
     callback = pruner(val_dataloader_idx=index)
@@ -132,6 +135,7 @@ def refused_before_training(folder, module, error, match, **options):
     assert hooks(module) == 0
 
 
+@pytest.mark.event("Runs", "no validation, `limit_val_batches=0`", "`CalibrationError` in `setup`")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_f11_no_validation_is_refused_in_setup(tmp_path):
     match = "validates nothing: .* Pass val_dataloaders"
@@ -144,6 +148,7 @@ def test_f11_no_validation_is_refused_in_setup(tmp_path):
         trainer(tmp_path, pruner(when="validate"), limit_val_batches=0).validate(module, loader())
 
 
+@pytest.mark.event("Runs", "an empty validation loader", "`CalibrationError` before the first step")
 @pytest.mark.filterwarnings("ignore:Total length of .* across ranks is zero")
 @pytest.mark.filterwarnings("ignore:.* returned 0 length")
 def test_f11_empty_loader_is_refused_before_training(tmp_path):

@@ -154,6 +154,7 @@ def test_state_is_text_and_loads_with_weights_only(tmp_path):
     assert hooks(module) == 0
 
 
+@pytest.mark.event("Neighbours", "`LightningCLI`, the callback in YAML", "runs and prunes")
 def test_cli_runs_and_prunes(tmp_path):
     one = cli(
         tmp_path,

@@ -63,6 +63,11 @@ def frozen(module):
     return module
 
 
+@pytest.mark.event(
+    "Interruptions",
+    "an exception in another callback",
+    "the model is dense and whole, no hook is left",
+)
 @pytest.mark.parametrize("hook", FIT)
 @pytest.mark.parametrize("order", [0, 1], ids=["before ours", "after ours"])
 def test_exception_in_another_callback(tmp_path, hook, order):
@@ -75,6 +80,11 @@ def test_exception_in_another_callback(tmp_path, hook, order):
     assert hooks(module) == 0
 
 
+@pytest.mark.event(
+    "Interruptions",
+    "an exception in a hook of the module",
+    "the model is dense and whole, no hook is left",
+)
 @pytest.mark.parametrize(
     "hook",
     [
@@ -103,6 +113,9 @@ def test_exception_in_validate(tmp_path, hook):
     assert hooks(module) == 0
 
 
+@pytest.mark.event(
+    "Interruptions", "an exception after the pruning", "the model is pruned and whole"
+)
 def test_exception_after_pruning_leaves_a_whole_pruned_model(tmp_path):
     callback, module = pruner(), raising(LM, "on_fit_end")()
     with pytest.raises(OthersError):
@@ -122,6 +135,7 @@ class Interrupted(LM):
             raise KeyboardInterrupt
 
 
+@pytest.mark.event("Interruptions", "Ctrl-C in a validation", "the last complete one stays on disk")
 def test_f18_ctrl_c_in_validation_keeps_the_last_complete_one(tmp_path):
     callback, module = pruner(), frozen(Interrupted())
     before = state_digest(module)
@@ -135,6 +149,7 @@ def test_f18_ctrl_c_in_validation_keeps_the_last_complete_one(tmp_path):
     assert kept.data_digest == callback.calibration_.data_digest
 
 
+@pytest.mark.event("Interruptions", "the run after Ctrl-C", "makes the same plan")
 def test_f18_run_after_ctrl_c_gives_the_same_plan(tmp_path):
     callback, module, other = pruner(), frozen(Interrupted()), pruner()
     with interrupted():
@@ -160,6 +175,11 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
     return calls
 
 
+@pytest.mark.event(
+    "Interruptions",
+    "Ctrl-C while calibrating, planning, cutting, measuring",
+    "the model is dense, bit-identical",
+)
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
@@ -209,6 +229,7 @@ def test_f18_ctrl_c_after_the_report_leaves_the_model_pruned_and_recorded(tmp_pa
     assert callback.save_pruned(tmp_path / "pruned", verify=False).is_dir()
 
 
+@pytest.mark.event("Interruptions", "surgery fails", "the model is dense, bit-identical")
 @pytest.mark.parametrize("error", [SurgeryError("no"), RuntimeError("out of memory")])
 def test_f26_failing_surgery_leaves_the_model(tmp_path, monkeypatch, error):
     callback, module = pruner(), frozen(LM())
@@ -239,6 +260,9 @@ class Poisoned(LM):
                 handle.remove()
 
 
+@pytest.mark.event(
+    "Interruptions", "NaN in a validation batch", "`CalibrationError` that names the place"
+)
 def test_f16_nan_in_a_validation_batch(tmp_path):
     callback, module = pruner(), frozen(Poisoned())
     before = state_digest(module)

@@ -27,6 +27,11 @@ def pruned(tmp_path):
     return callback, module, one, dense
 
 
+@pytest.mark.event(
+    "Runs",
+    "`trainer.fit(...)`",
+    "prunes once, after the last optimizer step; plan, report and files are there",
+)
 def test_fit_prunes_at_its_end_and_reports(pruned, tmp_path):
     callback, module, _, dense = pruned
     removed = 1 - decoder_parameters(module.lm) / dense
@@ -83,6 +88,11 @@ def is_trainable(module, one, before):
     return True
 
 
+@pytest.mark.event(
+    "Runs",
+    "`fit` again, same Trainer",
+    "recovery fine-tuning: every parameter is trained; it is not pruned again",
+)
 def test_same_trainer_trains_the_pruned_model_and_does_not_prune_again(pruned):
     callback, module, one, _ = pruned
     digest, size = callback.plan_.digest, decoder_parameters(module.lm)
@@ -93,6 +103,9 @@ def test_same_trainer_trains_the_pruned_model_and_does_not_prune_again(pruned):
     assert (callback.plan_.digest, decoder_parameters(module.lm)) == (digest, size)
 
 
+@pytest.mark.event(
+    "Runs", "`fit` again, a new Trainer, with the callback", "trains on; not pruned again"
+)
 def test_new_trainer_trains_the_pruned_model(pruned, tmp_path):
     callback, module, _, _ = pruned
     size = decoder_parameters(module.lm)
@@ -114,6 +127,9 @@ def test_pruned_model_is_saved_and_loads_with_equal_logits(pruned, tmp_path):
     assert loaded.pruning_record.report == callback.report_
 
 
+@pytest.mark.event(
+    "Runs", "the training before the pruning", "bit-identical losses with and without the callback"
+)
 def test_f14_training_goes_as_without_the_callback(tmp_path):
     """Losses are equal to the bit, dropout and shuffling included."""
 
@@ -132,6 +148,7 @@ def test_f14_training_goes_as_without_the_callback(tmp_path):
     assert torch.equal(beside[3], alone[3])
 
 
+@pytest.mark.event("Runs", "`dry_run=True`", "plans and reports; the model is bit-identical")
 def test_dry_run_plans_and_leaves_the_model(tmp_path):
     callback, module = pruner(dry_run=True), LM()
     size = decoder_parameters(module.lm)
@@ -152,6 +169,7 @@ def test_second_model_is_pruned_on_its_own_validation(tmp_path):
     assert second.lm.pruning_record.plan == callback.plan_
 
 
+@pytest.mark.event("Runs", "`fit` again without the callback", "trains the pruned model on")
 def test_trainer_without_callback_goes_on_after_pruning(pruned, tmp_path):
     _, module, _, _ = pruned
     metrics = trainer(tmp_path).validate(module, loader(), verbose=False)

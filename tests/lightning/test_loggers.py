@@ -23,6 +23,7 @@ def events(folder):
 ABSENT = {"conditional": "prune/transfer_entropy", "paper": "prune/damage_curves"}
 
 
+@pytest.mark.event("Neighbours", "`TensorBoardLogger`", "scalars, pictures, table and plan")
 @pytest.mark.parametrize("preset", ABSENT)
 def test_tensorboard_has_every_documented_tag(tmp_path, preset):
     callback, logger = pruner(preset=preset), TensorBoardLogger(tmp_path)
@@ -54,6 +55,7 @@ def test_tensorboard_after_validate(tmp_path):
     assert set(tags["images"]) == {*IMAGES} - {ABSENT["conditional"]}
 
 
+@pytest.mark.event("Neighbours", "another logger (`CSVLogger`)", "gets the scalars")
 def test_csv_logger_has_the_scalars(tmp_path):
     logger = CSVLogger(tmp_path)
     fit(tmp_path, LM(), pruner(), logger=logger, log_every_n_steps=1)
@@ -85,6 +87,7 @@ class Broken(Logger):
         pass
 
 
+@pytest.mark.event("Neighbours", "a logger that fails", "a warning; the model is pruned")
 def test_logger_that_fails_does_not_cost_the_pruned_model(tmp_path, caplog):
     callback, module = pruner(), LM()
     fit(tmp_path, module, callback, logger=[Broken(), CSVLogger(tmp_path)], log_every_n_steps=1)

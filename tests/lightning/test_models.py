@@ -47,6 +47,11 @@ class Deep(LM):
         self.parts = nn.ModuleDict({"inside": nn.Sequential(self.lm)})
 
 
+@pytest.mark.event(
+    "Runs",
+    "the model is made in `configure_model`",
+    "checked when the run starts, pruned at its end",
+)
 def test_model_of_configure_model(tmp_path):
     callback, module = pruner(), Later()
     fit(tmp_path, module, callback)
@@ -95,6 +100,9 @@ def test_module_without_a_language_model_is_refused(tmp_path):
         fit(tmp_path, LM(), pruner(language_model="model"))
 
 
+@pytest.mark.event(
+    "Numbers", "`torch.compile`d model", "refused by name: prune first, compile the result"
+)
 @pytest.mark.parametrize("where", ["around", "in place", "a layer", "the module"])
 def test_f15_compiled_model_is_refused_by_name(tmp_path, where):
     module = LM()
@@ -133,6 +141,7 @@ def test_f16_non_finite_weights_are_refused_in_setup(tmp_path):
     assert module.losses == []
 
 
+@pytest.mark.event("Numbers", "gradient checkpointing", "works")
 def test_gradient_checkpointing(tmp_path):
     callback, module = pruner(), LM()
     module.lm.gradient_checkpointing_enable()
@@ -144,6 +153,9 @@ def test_gradient_checkpointing(tmp_path):
     assert len(module.losses) == before + 1
 
 
+@pytest.mark.event(
+    "Numbers", "precision `bf16-true`, `bf16-mixed`, `64-true`", "prunes; dtypes stay"
+)
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
 def test_precision(tmp_path, precision):
     callback, module = pruner(), LM()
@@ -180,6 +192,25 @@ def test_f22_moments_in_the_loop_are_exact_in_every_precision(tmp_path, precisio
     torch.testing.assert_close(variance, wanted.var(0, correction=0), rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.event("Numbers", "quantised weights", "refused by name in `setup`")
+def test_quantised_weights_are_refused_by_name_in_setup(tmp_path):
+    module = LM()
+    up = module.lm.model.layers[0].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"up_proj\.weight has dtype torch.int8"):
+        fit(tmp_path, module, pruner())
+
+
+@pytest.mark.gpu
+@pytest.mark.event("Numbers", "precision `16-mixed`, on a GPU", "prunes; weights stay float32")
+def test_mixed_float16_on_a_gpu(tmp_path):
+    callback, module = pruner(), LM()
+    fit(tmp_path, module, callback, accelerator="gpu", devices=1, precision="16-mixed")
+    assert abs(callback.report_.achieved_ratio - 0.3) <= 0.005
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.event("Numbers", "frozen parameters", "stay frozen")
 def test_frozen_parameters_stay_frozen(tmp_path):
     module = LM()
     module.lm.model.layers[0].requires_grad_(requires_grad=False)
@@ -189,6 +220,7 @@ def test_frozen_parameters_stay_frozen(tmp_path):
     assert all(".layers.0." in name for name in frozen)
 
 
+@pytest.mark.event("Neighbours", "manual optimization", "works")
 def test_manual_optimization(tmp_path):
     class Manual(LM):
         def __init__(self):
@@ -206,6 +238,7 @@ def test_manual_optimization(tmp_path):
     assert abs(callback.report_.achieved_ratio - 0.3) <= 0.005
 
 
+@pytest.mark.event("Numbers", "a GPU", "calibrates, prunes and measures there")
 @pytest.mark.gpu
 def test_fit_on_a_gpu_prunes_and_measures_there(tmp_path):
     """Lightning has moved the module to the CPU when the fit ends; it is left there."""

@@ -37,6 +37,11 @@ from tests.lightning.modules import (
 from tests.models import padded_batch, tiny_model
 
 
+@pytest.mark.event(
+    "Neighbours",
+    "a search over hyperparameters reads `trainer.callback_metrics`",
+    "`prune/achieved_ratio`, `quality/perplexity/after` and the rest are there",
+)
 def test_what_a_run_came_to_is_in_callback_metrics(tmp_path):
     """Where Optuna and its like read it."""
     callback = pruner()
@@ -48,6 +53,11 @@ def test_what_a_run_came_to_is_in_callback_metrics(tmp_path):
     assert "val_loss" in found
 
 
+@pytest.mark.event(
+    "Neighbours",
+    "`ModelCheckpoint`, `EarlyStopping` in the recovery",
+    "monitor and keep the pruned model",
+)
 def test_checkpoints_and_early_stopping_watch_the_pruned_model_in_the_recovery(tmp_path):
     callback, module = pruner(), LM()
     fit(tmp_path, module, callback)
@@ -60,6 +70,7 @@ def test_checkpoints_and_early_stopping_watch_the_pruned_model_in_the_recovery(t
     assert {name: x.shape for name, x in saved.items()} == shapes
 
 
+@pytest.mark.event("Neighbours", "several loggers", "each shows what it can")
 def test_several_loggers(tmp_path):
     loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
     fit(tmp_path, LM(), pruner(), logger=loggers, log_every_n_steps=1)
@@ -70,6 +81,9 @@ def test_several_loggers(tmp_path):
     assert [*(tmp_path / "tb").rglob("events.out.tfevents.*")]
 
 
+@pytest.mark.event(
+    "Neighbours", "`RichProgressBar`, `TQDMProgressBar`, `ModelSummary`", "work as ever"
+)
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
 def test_progress_bars_and_summary(tmp_path, bar):
     callback = pruner()
@@ -80,6 +94,7 @@ def test_progress_bars_and_summary(tmp_path, bar):
     assert callback.report_.achieved_ratio == pytest.approx(0.3, abs=0.005)
 
 
+@pytest.mark.event("Neighbours", "`overfit_batches`", "calibrates on those batches")
 def test_overfit_batches(tmp_path):
     """The training batches are what it validates on, and what is calibrated on."""
     callback = pruner(min_calibration_tokens=16)
@@ -87,6 +102,11 @@ def test_overfit_batches(tmp_path):
     assert len(callback.calibration_.rows.rows) == 16
 
 
+@pytest.mark.event(
+    "Interruptions",
+    "SIGTERM",
+    "the model is dense and whole, the last calibration on disk; a new run makes the same plan",
+)
 def test_sigterm_leaves_a_dense_whole_model_and_the_last_calibration(tmp_path):
     """F18: a preempted job; Lightning raises at the next batch."""
 
@@ -117,12 +137,14 @@ def lora_module():
     return LM(get_peft_model(tiny_model(), config))
 
 
+@pytest.mark.event("Numbers", "LoRA adapters in the model", "refused in `setup`, with what to do")
 def test_a_lora_model_is_refused_with_what_to_do(tmp_path):
     module = lora_module()
     with pytest.raises(UnsupportedModelError, match=r"adapter.*merge_and_unload.*when='validate'"):
         fit(tmp_path, module, pruner())
 
 
+@pytest.mark.event("Numbers", "LoRA merged after the fit, then `validate`", "pruned, saved, loads")
 def test_a_lora_model_is_pruned_as_the_refusal_says(tmp_path):
     module, callback = lora_module(), pruner(when="validate")
     fit(tmp_path, module, max_epochs=3)
@@ -166,6 +188,7 @@ def other_trainer(folder, *callbacks, **options):
     )  # fmt: skip
 
 
+@pytest.mark.event("Neighbours", "`import pytorch_lightning`", "works as `lightning.pytorch` does")
 def test_the_import_root_pytorch_lightning_works_as_lightning_does(tmp_path):
     callback, module, wanted = pruner(), OtherRoot(), pruner()
     one = other_trainer(tmp_path, callback)

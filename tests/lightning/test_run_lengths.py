@@ -26,6 +26,11 @@ def steps_of(report):
     return int(found[0].split()[0]) if found else 0
 
 
+@pytest.mark.event(
+    "Runs",
+    "`max_steps`, `limit_*_batches`, `val_check_interval`",
+    "the last complete validation counts; steps after it stand in the report",
+)
 @pytest.mark.parametrize(
     ("options", "validations", "steps"),
     [
@@ -64,6 +69,11 @@ class Slow(LM):
         return super().training_step(batch, batch_idx)
 
 
+@pytest.mark.event(
+    "Interruptions",
+    "`max_time` or `max_steps` before the first validation",
+    "validates once, then prunes",
+)
 def test_max_time_ends_before_the_first_validation(tmp_path):
     callback, module = pruner(), Slow()
     fit(
@@ -109,6 +119,7 @@ def test_validation_that_the_callback_runs_is_a_whole_one(tmp_path):
     assert {path.name for path in (tmp_path / "best").iterdir()} >= {"last.ckpt"}
 
 
+@pytest.mark.event("Neighbours", "`EarlyStopping` ends the fit", "prunes then")
 def test_early_stopping_ends_the_fit(tmp_path):
     callback, module = pruner(), LM(lr=0.0)
     stop = EarlyStopping("val_loss", patience=1)
@@ -117,6 +128,7 @@ def test_early_stopping_ends_the_fit(tmp_path):
     assert callback.report_.achieved_ratio == pytest.approx(0.3, abs=0.005)
 
 
+@pytest.mark.event("Runs", "the sanity check", "never observed")
 def test_f34_sanity_check_is_never_observed(tmp_path):
     """Its rows would stay in the calibration if it were: here it is the only one to see them."""
     special, ordinary = TRAIN[:2], TRAIN[2:]
@@ -137,6 +149,9 @@ def test_f34_sanity_check_is_never_observed(tmp_path):
     assert len(callback.calibration_.rows.rows) == len(ordinary)
 
 
+@pytest.mark.event(
+    "Runs", "`fast_dev_run=True`", "a dry run: all code runs, nothing is cut or written"
+)
 def test_f34_fast_dev_run_is_a_dry_run(tmp_path):
     callback, module = pruner(), LM()
     one = fit(tmp_path, module, callback, fast_dev_run=True)
@@ -155,6 +170,9 @@ def test_f34_fast_dev_run_on_one_short_sample_says_so(tmp_path):
     assert hooks(module) == 0
 
 
+@pytest.mark.event(
+    "Runs", "a fit that trains nothing (`max_epochs=0`)", "`CalibrationError` in words"
+)
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}])
 def test_f11_fit_that_runs_nothing_says_so(tmp_path, options):
     callback, module = pruner(), LM()
@@ -180,6 +198,7 @@ def test_f34_setup_many_times_changes_nothing(tmp_path):
     assert callback.report_.achieved_ratio == pytest.approx(0.3, abs=0.005)
 
 
+@pytest.mark.event("Neighbours", "`barebones=True`", "prunes; writes no files")
 def test_barebones(tmp_path):
     class Silent(LM):
         def validation_step(self, batch, batch_idx):
@@ -196,6 +215,7 @@ def test_progress_bar(tmp_path, capfd):
     assert "Epoch 0" in "".join(capfd.readouterr())
 
 
+@pytest.mark.event("Neighbours", "`accumulate_grad_batches`", "trains as without the callback")
 def test_gradient_accumulation_trains_as_without(tmp_path):
     def losses(*callbacks):
         module = LM()

@@ -15,6 +15,11 @@ from tests.lightning.modules import (
 )
 
 
+@pytest.mark.event(
+    "Runs",
+    '`trainer.validate(...)` with `when="validate"`',
+    "prunes when it ends; the model can be trained",
+)
 def test_validate_alone_prunes_and_leaves_the_model_trainable(tmp_path):
     """P27: parameters made in inference mode could never be trained."""
     callback, module = pruner(when="validate"), LM()
@@ -30,6 +35,7 @@ def test_validate_alone_prunes_and_leaves_the_model_trainable(tmp_path):
     assert callback.plan_.digest == callback.report_.plan_digest
 
 
+@pytest.mark.event("Runs", "`validate`, `fit`, `validate` by default", "prunes once, after the fit")
 def test_by_default_validate_fit_validate_prunes_once_after_the_fit(tmp_path):
     callback, module = pruner(), LM()
     one, sizes = trainer(tmp_path, callback), [decoder_parameters(module.lm)]
@@ -83,6 +89,7 @@ def test_statistics_of_an_earlier_run_do_not_count(tmp_path):
     assert decoder_parameters(module.lm) == size
 
 
+@pytest.mark.event("Runs", "`test`, `predict`", "not observed")
 def test_test_and_predict_are_not_observed(tmp_path):
     class Tested(LM):
         def test_step(self, batch, batch_idx):
