@@ -107,13 +107,16 @@ def interrupted():
 
 
 @contextlib.contextmanager
-def said(name="lightning.pytorch"):
+def said(*names):
     """What Lightning's loggers print inside the ``with``."""
+    # whichever root was imported last prints the messages of both
+    names = names or ("lightning.pytorch", "pytorch_lightning")
     text = io.StringIO()
     handler = logging.StreamHandler(text)
-    log = logging.getLogger(name)
-    log.addHandler(handler)
+    for name in names:
+        logging.getLogger(name).addHandler(handler)
     try:
         yield text
     finally:
-        log.removeHandler(handler)
+        for name in names:
+            logging.getLogger(name).removeHandler(handler)
