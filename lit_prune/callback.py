@@ -6,7 +6,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -20,10 +19,10 @@ from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out, refuse_non_finite_weights
 from lit_prune.running import (
-    STALE,
     Artifacts,
     Seen,
     calibrate_on,
+    carried_over,
     forget_averages,
     is_rehearsal,
     load_validation,
@@ -32,7 +31,6 @@ from lit_prune.running import (
     refuse_loaders,
     refuse_no_validation,
     refuse_nothing_seen,
-    refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
     shows_progress,
@@ -123,7 +121,6 @@ class EntropyPruningCallback(Callback):
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
         self._model: PreTrainedModel | None = None  # the model that was pruned
         self._restored: PruningPlan | None = None  # of a resumed checkpoint
-        self._stale_moments = False  # the optimizers hold dense moments of a pruned model
 
     # ------------------------------------------------------------------------- before the run
 
@@ -132,7 +129,6 @@ class EntropyPruningCallback(Callback):
         self._release()
         self._checked = self._seen = None
         self._following = follow_checkpoints(pl_module, self.config.language_model)
-        self._stale_moments &= stage != "fit"  # a fit makes new optimizers
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
@@ -245,12 +241,13 @@ class EntropyPruningCallback(Callback):
             planned, self.report_ = carry_out(
                 model, calibration, self.config, dry_run=dry,
                 warnings=steps_since(trainer, self._seen),
-                keep=partial(self._artifacts.plan, calibration), progress=shows_progress(trainer),
+                keep=partial(self._artifacts.plan, calibration),
+                carry=partial(carried_over, trainer.optimizers, model),
+                progress=shows_progress(trainer),
             )  # fmt: skip
             self.plan_ = planned.plan
             if not dry:
                 self._model = model
-                self._stale_moments = trainer.state.fn == TrainerFn.FITTING
                 forget_averages(trainer)
         self._artifacts.report(self.report_)
         tell(trainer, planned, self.report_)
@@ -280,17 +277,9 @@ class EntropyPruningCallback(Callback):
         self._restored = PruningPlan.from_json(text) if text else None
 
     @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._stale_moments:
-            checkpoint |= {"optimizer_states": [], STALE: True}
-
-    @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        refuse_stale_checkpoint(trainer, checkpoint)
         remember_plan(pl_module, self.config.language_model, checkpoint, self.state_key)
 
     @property

@@ -8,23 +8,22 @@ from lit_prune.running.loops import (
     on_device,
     validate_within_fit,
 )
+from lit_prune.running.optimizers import carried_over
 from lit_prune.running.pruning import Seen, calibrate_on, shows_progress, steps_since, tell
 from lit_prune.running.refusals import (
-    STALE,
     refuse_compiled,
     refuse_loaders,
     refuse_no_validation,
     refuse_nothing_seen,
-    refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
 )
 
 __all__ = [
-    "STALE",
     "Artifacts",
     "Seen",
     "calibrate_on",
+    "carried_over",
     "forget_averages",
     "is_rehearsal",
     "load_validation",
@@ -33,7 +32,6 @@ __all__ = [
     "refuse_loaders",
     "refuse_no_validation",
     "refuse_nothing_seen",
-    "refuse_stale_checkpoint",
     "refuse_stale_optimizers",
     "refuse_strategy",
     "shows_progress",
