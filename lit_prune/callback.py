@@ -21,20 +21,23 @@ from lit_prune.pruner import carry_out, refuse_non_finite_weights
 from lit_prune.running import (
     Artifacts,
     Seen,
+    Weights,
     calibrate_on,
     carried_over,
+    chosen_weights,
     forget_averages,
     is_rehearsal,
     load_validation,
     on_device,
     refuse_compiled,
     refuse_loaders,
+    refuse_no_best,
     refuse_no_validation,
     refuse_nothing_seen,
     refuse_stale_optimizers,
     refuse_strategy,
+    save_pruned_checkpoint,
     shows_progress,
-    steps_since,
     tell,
     validate_within_fit,
 )
@@ -58,13 +61,17 @@ class EntropyPruningCallback(Callback):
     of the unit activations; the last complete validation counts. When the fit ends (after the last
     optimizer step, after averaged weights are copied back), the kept ids are replayed to measure
     transfer entropy, the model is planned, measured, pruned in place and measured again on the same
-    samples and prompts. Loggers receive the result.
+    samples and prompts. Loggers receive the result. The optimizers keep the states of what stays,
+    so that ``pruned.ckpt``, saved beside the checkpoints of the run, resumes:
+    ``trainer.fit(ckpt_path=...)`` with more epochs trains the pruned model on.
 
     Args:
         pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1).
         when: ``fit_end`` prunes after ``trainer.fit`` (a bare ``trainer.validate`` then only
             observes); ``validate`` prunes after ``trainer.validate``.
         dry_run: Plan and report, but leave the model as it is.
+        weights: Which weights of a fit to prune: the ``last``, or the ``best`` by the first
+            ModelCheckpoint that has a monitor, with the optimizer states of its file.
         val_dataloader_idx: Which validation loader to observe where there are several; None
             observes all.
         **options: The other fields of `PruningConfig`.
@@ -102,6 +109,7 @@ class EntropyPruningCallback(Callback):
         pruning_ratio: float,
         when: Literal["fit_end", "validate"] = "fit_end",
         dry_run: bool = False,
+        weights: Weights = "last",
         val_dataloader_idx: int | None = None,
         **options: Any,
     ) -> None:
@@ -111,7 +119,15 @@ class EntropyPruningCallback(Callback):
         self.config = preset(config.preset).resolve(config)
         if when not in ("fit_end", "validate"):
             raise ConfigError(f"when must be 'fit_end' or 'validate', got {when!r}.")
+        if weights not in ("last", "best"):
+            raise ConfigError(f"weights must be 'last' or 'best', got {weights!r}.")
+        if weights == "best" and when != "fit_end":
+            raise ConfigError(
+                f"weights 'best' are those of a fit, when it ends; {when=} has none. Give "
+                "trainer.validate the ckpt_path of the weights that you want to prune."
+            )
         self.when = when
+        self.weights = weights
         self.dry_run = dry_run
         self.val_dataloader_idx = val_dataloader_idx
         self._observer: Observer | None = None  # open while a validation runs
@@ -135,6 +151,8 @@ class EntropyPruningCallback(Callback):
         self._artifacts = Artifacts.of(trainer)
         if stage == self._stage:
             refuse_no_validation(trainer, stage)
+            if self.weights == "best":
+                refuse_no_best(trainer)
         # `configure_model` runs after `setup`: what it makes is checked when the run starts
         if type(pl_module).configure_model is LightningModule.configure_model:
             self._check_request(pl_module)
@@ -233,24 +251,28 @@ class EntropyPruningCallback(Callback):
         if self._seen is None:
             raise CalibrationError("this run trained and validated nothing: nothing to prune by.")
         model, dry = self._check_request(pl_module), self.dry_run or is_rehearsal(trainer)
-        with on_device(model, trainer.strategy.root_device):
+        with (
+            chosen_weights(trainer, pl_module, self._seen, self.weights, keep=not dry) as said,
+            on_device(model, trainer.strategy.root_device),
+        ):
             calibration = calibrate_on(trainer, model, self._seen, self.config)
             if calibration is None:
                 return
             self.calibration_ = calibration
             planned, self.report_ = carry_out(
-                model, calibration, self.config, dry_run=dry,
-                warnings=steps_since(trainer, self._seen),
+                model, calibration, self.config, dry_run=dry, warnings=said,
                 keep=partial(self._artifacts.plan, calibration),
                 carry=partial(carried_over, trainer.optimizers, model),
                 progress=shows_progress(trainer),
             )  # fmt: skip
             self.plan_ = planned.plan
-            if not dry:
-                self._model = model
-                forget_averages(trainer)
+        if not dry:
+            self._model = model
+            forget_averages(trainer)
         self._artifacts.report(self.report_)
         tell(trainer, planned, self.report_)
+        if not dry and self.when == "fit_end":
+            save_pruned_checkpoint(trainer)
 
     def save_pruned(self, directory: str | Path, **options: Any) -> Path:
         """Save the pruned model with its plan and report; see `lit_prune.save_pruned`.
