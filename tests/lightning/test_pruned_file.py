@@ -150,8 +150,9 @@ def test_a_full_disk_is_a_warning(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
-def test_averaged_weights_resume(tmp_path):
+@pytest.mark.parametrize("module", [LM, Following])
+def test_averaged_weights_resume(module, tmp_path):
     """The average starts anew with the pruned shapes."""
     run(tmp_path, LM(), EMAWeightAveraging(decay=0.5), pruner())
-    module = LM()
-    resume(tmp_path / "files" / "pruned.ckpt", module, EMAWeightAveraging(decay=0.5), pruner())
+    callbacks = [pruner(), EMAWeightAveraging(decay=0.5)]
+    resume(tmp_path / "files" / "pruned.ckpt", module(), *callbacks)
