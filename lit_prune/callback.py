@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Observer
 from lit_prune.checkpoints import follow_checkpoints, remember_plan
 from lit_prune.config import PruningConfig, refuse_unknown
@@ -17,18 +15,18 @@ from lit_prune.decoder import find_causal_lm, spec_for
 from lit_prune.errors import CalibrationError, ConfigError
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
-from lit_prune.pruner import carry_out, refuse_non_finite_weights
+from lit_prune.pruner import refuse_non_finite_weights
 from lit_prune.running import (
     Artifacts,
+    Schedule,
     Seen,
     Weights,
-    calibrate_on,
-    carried_over,
-    chosen_weights,
+    When,
     forget_averages,
+    is_pruned,
     is_rehearsal,
     load_validation,
-    on_device,
+    prune_within,
     refuse_compiled,
     refuse_loaders,
     refuse_no_best,
@@ -36,8 +34,8 @@ from lit_prune.running import (
     refuse_nothing_seen,
     refuse_stale_optimizers,
     refuse_strategy,
+    refuse_weights,
     save_pruned_checkpoint,
-    shows_progress,
     tell,
     validate_within_fit,
 )
@@ -106,8 +104,8 @@ class EntropyPruningCallback(Callback):
     def __init__(
         self,
         *,
-        pruning_ratio: float,
-        when: Literal["fit_end", "validate"] = "fit_end",
+        pruning_ratio: float | list[float],
+        when: When = "fit_end",
         dry_run: bool = False,
         weights: Weights = "last",
         val_dataloader_idx: int | None = None,
@@ -115,17 +113,11 @@ class EntropyPruningCallback(Callback):
     ) -> None:
         super().__init__()
         refuse_unknown(options)
-        config = PruningConfig(pruning_ratio=pruning_ratio, **options)
+        self._schedule = Schedule.of(pruning_ratio, when, dry_run=dry_run)
+        config = PruningConfig(pruning_ratio=self._schedule.ratios[-1], **options)
         self.config = preset(config.preset).resolve(config)
-        if when not in ("fit_end", "validate"):
-            raise ConfigError(f"when must be 'fit_end' or 'validate', got {when!r}.")
-        if weights not in ("last", "best"):
-            raise ConfigError(f"weights must be 'last' or 'best', got {weights!r}.")
-        if weights == "best" and when != "fit_end":
-            raise ConfigError(
-                f"weights 'best' are those of a fit, when it ends; {when=} has none. Give "
-                "trainer.validate the ckpt_path of the weights that you want to prune."
-            )
+        self._schedule.refuse_budget(self.config)
+        refuse_weights(weights, when)
         self.when = when
         self.weights = weights
         self.dry_run = dry_run
@@ -137,6 +129,7 @@ class EntropyPruningCallback(Callback):
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
         self._model: PreTrainedModel | None = None  # the model that was pruned
         self._restored: PruningPlan | None = None  # of a resumed checkpoint
+        self.reports_: list[PruningReport] = []
 
     # ------------------------------------------------------------------------- before the run
 
@@ -144,10 +137,14 @@ class EntropyPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
         self._checked = self._seen = None
+        if stage == "fit" and not is_pruned(pl_module, self._model, self._restored):
+            self._model = self._restored = None  # what was pruned is another one
+            self.reports_ = []
         self._following = follow_checkpoints(pl_module, self.config.language_model)
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
+        self._schedule.refuse_trainer(trainer)
         self._artifacts = Artifacts.of(trainer)
         if stage == self._stage:
             refuse_no_validation(trainer, stage)
@@ -170,6 +167,13 @@ class EntropyPruningCallback(Callback):
         if self._observes("fit", pl_module):
             load_validation(trainer)
             refuse_loaders(trainer, self.val_dataloader_idx)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not when the epoch before ends: its checkpoints hold the weights that were validated
+        if self._schedule.stages and self._is_due(trainer, pl_module):
+            self._validate_if_unseen(trainer)
+            self._prune(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -221,16 +225,14 @@ class EntropyPruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observes("fit", pl_module) and self._seen is None:
-            # max_steps or max_time ended the run before its first validation
-            rank_zero_info("lit_prune: this run has not validated yet; validating to calibrate.")
-            validate_within_fit(trainer)
+        if self._is_due(trainer, pl_module):
+            self._validate_if_unseen(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # no optimizer step, checkpoint or copy of averaged weights follows, and DDP is unwrapped
-        if self._observes("fit", pl_module):
-            self._prune(trainer, pl_module)
+        if self._is_due(trainer, pl_module) and self._prune(trainer, pl_module, ended=True):
+            save_pruned_checkpoint(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -247,32 +249,41 @@ class EntropyPruningCallback(Callback):
     ) -> None:
         self._release()  # Lightning does not call `teardown` after an exception or Ctrl-C
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether this fit prunes when nothing more is trained, or before the next epoch."""
+        model = find_causal_lm(pl_module, self.config.language_model)
+        return self._observes("fit", pl_module) and self._schedule.is_due(trainer, model)
+
+    def _validate_if_unseen(self, trainer: Trainer) -> None:
+        if self._seen is None:  # since the run began, or since the last pruning
+            rank_zero_info("lit_prune: nothing validated so far; validating to calibrate.")
+            validate_within_fit(trainer)
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> bool:
+        """Prune; return whether the model is another now."""
         if self._seen is None:
             raise CalibrationError("this run trained and validated nothing: nothing to prune by.")
         model, dry = self._check_request(pl_module), self.dry_run or is_rehearsal(trainer)
-        with (
-            chosen_weights(trainer, pl_module, self._seen, self.weights, keep=not dry) as said,
-            on_device(model, trainer.strategy.root_device),
-        ):
-            calibration = calibrate_on(trainer, model, self._seen, self.config)
-            if calibration is None:
-                return
-            self.calibration_ = calibration
-            planned, self.report_ = carry_out(
-                model, calibration, self.config, dry_run=dry, warnings=said,
-                keep=partial(self._artifacts.plan, calibration),
-                carry=partial(carried_over, trainer.optimizers, model),
-                progress=shows_progress(trainer),
-            )  # fmt: skip
-            self.plan_ = planned.plan
+        stage = self._schedule.next(model, self.config)
+        files = self._artifacts.inside(stage.folder)
+        done = prune_within(
+            trainer, pl_module, model, self._seen, stage.config, files,
+            weights=self.weights if self.when == "fit_end" else None, dry_run=dry,
+        )  # fmt: skip
+        if done is None:
+            return False
+        self.calibration_ = done.calibration
+        self.plan_, self.report_ = stage.finish(model, done.planned, done.report, ended=ended)
+        self.reports_.append(self.report_)
         if not dry:
-            self._model = model
+            self._model, self._seen = model, None
             forget_averages(trainer)
+        if stage.folder:
+            files.report(self.report_)
+            self._artifacts.whole_plan(self.plan_)
         self._artifacts.report(self.report_)
-        tell(trainer, planned, self.report_)
-        if not dry and self.when == "fit_end":
-            save_pruned_checkpoint(trainer)
+        tell(trainer, done.planned, self.report_)
+        return not dry
 
     def save_pruned(self, directory: str | Path, **options: Any) -> Path:
         """Save the pruned model with its plan and report; see `lit_prune.save_pruned`.
@@ -307,22 +318,19 @@ class EntropyPruningCallback(Callback):
     @property
     def _stage(self) -> str:
         """The stage that ends with the pruning."""
-        return "fit" if self.when == "fit_end" else "validate"
+        return "validate" if self.when == "validate" else "fit"
 
     def _observes(self, stage: str | None, pl_module: LightningModule) -> bool:
         """Whether this stage is of interest: not once this very model has been pruned."""
-        restored = self._restored and self._restored.digest
-        for module in pl_module.modules():
-            record = getattr(module, "pruning_record", None)
-            if module is self._model or (record and record.plan.digest == restored):
-                return False
-        return stage in ("validate", self._stage)  # a bare validate is observed in any case
+        ended = self._schedule.has_ended(pl_module, self._model, self._restored)
+        # a bare validate is observed in any case
+        return stage in ("validate", self._stage) and not ended
 
     def _check_request(self, pl_module: LightningModule) -> PreTrainedModel:
         model = find_causal_lm(pl_module, self.config.language_model)
         if self._checked is not model:
             refuse_compiled(pl_module, model)
-            refuse_impossible(model, self.config)
+            self._schedule.refuse_ratios(model, self.config)
             refuse_non_finite_weights(model)
             self._checked = model
         return model

@@ -3,19 +3,18 @@
 from lit_prune.running.artifacts import Artifacts
 from lit_prune.running.checkpoint_files import (
     Weights,
-    chosen_weights,
     refuse_no_best,
+    refuse_weights,
     save_pruned_checkpoint,
 )
 from lit_prune.running.loops import (
     forget_averages,
     is_rehearsal,
     load_validation,
-    on_device,
     validate_within_fit,
 )
 from lit_prune.running.optimizers import carried_over
-from lit_prune.running.pruning import Seen, calibrate_on, shows_progress, tell
+from lit_prune.running.pruning import prune_within, tell
 from lit_prune.running.refusals import (
     refuse_compiled,
     refuse_loaders,
@@ -24,18 +23,21 @@ from lit_prune.running.refusals import (
     refuse_stale_optimizers,
     refuse_strategy,
 )
+from lit_prune.running.schedule import Schedule, When, is_pruned
+from lit_prune.running.seen import Seen
 
 __all__ = [
     "Artifacts",
+    "Schedule",
     "Seen",
     "Weights",
-    "calibrate_on",
+    "When",
     "carried_over",
-    "chosen_weights",
     "forget_averages",
+    "is_pruned",
     "is_rehearsal",
     "load_validation",
-    "on_device",
+    "prune_within",
     "refuse_compiled",
     "refuse_loaders",
     "refuse_no_best",
@@ -43,8 +45,8 @@ __all__ = [
     "refuse_nothing_seen",
     "refuse_stale_optimizers",
     "refuse_strategy",
+    "refuse_weights",
     "save_pruned_checkpoint",
-    "shows_progress",
     "tell",
     "validate_within_fit",
 ]

@@ -13,18 +13,33 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.errors import ArtifactError, ConfigError, UnsupportedModelError
 from lit_prune.running.loops import is_rehearsal
-from lit_prune.running.pruning import steps_since
+from lit_prune.running.seen import steps_since
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lightning.pytorch import LightningModule, Trainer
 
-    from lit_prune.running.pruning import Seen
+    from lit_prune.running.seen import Seen
 
 _log = logging.getLogger(__name__)
 
 Weights = Literal["last", "best"]
+
+
+def refuse_weights(weights: Weights, when: str) -> None:
+    """Refuse a choice of weights that cannot be meant.
+
+    Raises:
+        ConfigError: Says what to do.
+    """
+    if weights not in ("last", "best"):
+        raise ConfigError(f"weights must be 'last' or 'best', got {weights!r}.")
+    if weights == "best" and when != "fit_end":
+        raise ConfigError(
+            f"weights 'best' are those of a fit when it ends, got {when=}. Prune at 'fit_end', or "
+            "give trainer.validate the ckpt_path of the weights that you want to prune."
+        )
 
 
 def refuse_no_best(trainer: Trainer) -> None:
@@ -43,7 +58,7 @@ def refuse_no_best(trainer: Trainer) -> None:
 
 @contextmanager
 def chosen_weights(
-    trainer: Trainer, pl_module: LightningModule, seen: Seen, weights: Weights, *, keep: bool
+    trainer: Trainer, pl_module: LightningModule, seen: Seen, weights: Weights | None, *, keep: bool
 ) -> Iterator[list[str]]:
     """Bring the weights that shall be pruned into the module, and what optimizers knew of them.
 
@@ -54,7 +69,7 @@ def chosen_weights(
         trainer: Whose fit has ended.
         pl_module: Holds the last weights.
         seen: The last validation.
-        weights: Which.
+        weights: Which; None where no fit has ended, so that there is one kind only.
         keep: False brings the last weights back in any case.
 
     Yields:
@@ -65,7 +80,7 @@ def chosen_weights(
         UnsupportedModelError: If it is sharded.
     """
     checkpoint, said = _monitored(trainer), steps_since(trainer, seen)
-    if checkpoint is None or is_rehearsal(trainer):
+    if weights is None or checkpoint is None or is_rehearsal(trainer):
         yield said
         return
     if not checkpoint.best_model_path:
