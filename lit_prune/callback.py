@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 class EntropyPruningCallback(Callback):
-    """Observe the validation batches; prune once, when fine-tuning (or a bare validate) is over.
+    """Observe the validation batches; prune when fine-tuning (or a bare validate) is over.
 
     During each validation, hooks on the language model keep the token ids that pass and the moments
     of the unit activations; the last complete validation counts. When the fit ends (after the last
@@ -64,9 +64,12 @@ class EntropyPruningCallback(Callback):
     ``trainer.fit(ckpt_path=...)`` with more epochs trains the pruned model on.
 
     Args:
-        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1).
+        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1); under
+            ``epoch_end`` a list of them, each of what the dense model has, ascending.
         when: ``fit_end`` prunes after ``trainer.fit`` (a bare ``trainer.validate`` then only
-            observes); ``validate`` prunes after ``trainer.validate``.
+            observes); ``validate`` prunes after ``trainer.validate``; ``epoch_end`` prunes in
+            stages, after the first epochs of a fit, while the training goes on: each at the start
+            of the epoch that follows, so that checkpoints hold what was validated, or at the end.
         dry_run: Plan and report, but leave the model as it is.
         weights: Which weights of a fit to prune: the ``last``, or the ``best`` by the first
             ModelCheckpoint that has a monitor, with the optimizer states of its file.
@@ -76,8 +79,9 @@ class EntropyPruningCallback(Callback):
 
     Attributes:
         calibration_: Statistics and samples; absent before the first complete validation.
-        plan_: What was kept; absent before pruning.
+        plan_: What was kept, in units of the dense model; absent before pruning.
         report_: Before and after; absent before pruning.
+        reports_: Those of all stages.
 
     Raises:
         ConfigError: At construction, if an option cannot be meant; later, if the validation loader
@@ -251,11 +255,12 @@ class EntropyPruningCallback(Callback):
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether this fit prunes when nothing more is trained, or before the next epoch."""
-        model = find_causal_lm(pl_module, self.config.language_model)
-        return self._observes("fit", pl_module) and self._schedule.is_due(trainer, model)
+        if not self._observes("fit", pl_module):
+            return False
+        return self._schedule.is_due(trainer, find_causal_lm(pl_module, self.config.language_model))
 
     def _validate_if_unseen(self, trainer: Trainer) -> None:
-        if self._seen is None:  # since the run began, or since the last pruning
+        if self._seen is None:  # since the run began or resumed, or since the last pruning
             rank_zero_info("lit_prune: nothing validated so far; validating to calibrate.")
             validate_within_fit(trainer)
 
