@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lit_prune.calibration import Observer
@@ -165,6 +164,8 @@ class EntropyPruningCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observes("fit", pl_module):
             self._check_request(pl_module)
+        else:
+            self._schedule.say_ended()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,7 +262,6 @@ class EntropyPruningCallback(Callback):
 
     def _validate_if_unseen(self, trainer: Trainer) -> None:
         if self._seen is None:  # since the run began or resumed, or since the last pruning
-            rank_zero_info("lit_prune: nothing validated so far; validating to calibrate.")
             validate_within_fit(trainer)
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> bool:

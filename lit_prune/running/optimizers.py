@@ -125,7 +125,7 @@ def _prepare(
         added = record.new if record.old is None else None
         beside = home.get(id(record.beside))
         if added is not None and beside is not None and added.requires_grad:
-            _insert(ready, added, beside, vectors, order)
+            _insert(ready, model, added, beside, vectors, order)
     return ready
 
 
@@ -139,6 +139,7 @@ def _vectors_apart(groups: Sequence[Group]) -> frozenset[int]:
 
 def _insert(
     ready: _Prepared,
+    model: nn.Module,
     new: nn.Parameter,
     number: int,
     vectors: frozenset[int],
@@ -154,7 +155,7 @@ def _insert(
     members.insert(place, new)
     names = ready.names[number]
     if names is not None:
-        names.insert(place, f"bias.{mine}")
+        names.insert(place, next(name for name, p in model.named_parameters() if p is new))
 
 
 def _group_of_vectors(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.allocation import refuse_impossible
 from lit_prune.config import RATIO_TOLERANCE, PruningConfig
@@ -137,6 +138,14 @@ class Schedule:
         if self.stages:
             return any(self.done(part) == len(self.ratios) for part in module.modules())
         return is_pruned(module, pruned, restored)
+
+    def say_ended(self) -> None:
+        """Say that a fit prunes nothing, since every stage is behind the model."""
+        if self.stages:
+            rank_zero_info(
+                f"lit_prune: the stages {list(self.ratios)} are behind this model: it is trained, "
+                "and not pruned further."
+            )
 
     def is_due(self, trainer: Trainer, model: nn.Module) -> bool:
         """Return whether the next stage follows the epochs that have ended."""

@@ -8,9 +8,10 @@ import lightning as L
 import pytest
 import torch
 
-from lit_prune.plan import PruningPlan
+from lit_prune.decoder import spec_for
+from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.running import carried_over
-from lit_prune.surgery import StagedEdits
+from lit_prune.surgery import StagedEdits, applied, mean_compensation
 from tests.lightning.modules import LM, TRAIN, decoder_parameters, fit, loader, pruner, trainer
 from tests.models import tiny_model
 
@@ -162,6 +163,67 @@ def test_every_kind_of_removal_has_its_place_in_the_groups(tmp_path):
         one.optimizers[0].param_groups, split(module).param_groups, strict=True
     ):
         assert [id(p) for p in group["params"]] == [id(p) for p in wanted["params"]]
+
+
+LAYERS = {
+    "first attention": [((), 24), ((0, 1), 48), ((0,), 48), ((0, 1), 0)],
+    "first layer": [((), 0), ((), 48), ((0,), 24), ((0, 1), 48)],
+    "first layers": [((), 0), ((), 0), ((0,), 24), ((0, 1), 48)],
+    "first MLP": [((0,), 0), ((), 0), ((0, 1), 48), ((0,), 0)],
+}
+
+
+@pytest.mark.parametrize("make", ["adamw", "split", "named"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_constants_have_their_place_in_the_groups(case, make):
+    """Also where nothing is left before them, and when a second pruning adds to them."""
+    module = Optimized(MAKERS[make])
+    optimizer = module.make(module)
+
+    def step():
+        optimizer.zero_grad()
+        module.training_step(next(iter(loader(TRAIN))), 0).backward()
+        optimizer.step()
+
+    step()
+    for layers in (LAYERS[case], None):
+        spec = spec_for(module.lm)
+        kept = [
+            LayerPlan(index, groups, tuple(range(channels)))
+            for index, (groups, channels) in enumerate(layers or [])
+        ] or [  # the second: half of every MLP that is there
+            LayerPlan(
+                block.index,
+                tuple(range(block.attention.num_units if block.attention else 0)),
+                tuple(range(0, block.mlp.num_units, 2)) if block.mlp else (),
+            )
+            for block in spec.blocks
+        ]
+        plan = PruningPlan(spec.fingerprint, tuple(kept))
+        units = {
+            (i, p.kind): (torch.ones(p.num_units * p.unit_width).double(), None)
+            for i, p in spec.sub_blocks
+        }
+        compensation = mean_compensation(module.lm, plan, units)
+        with (
+            applied(module.lm, plan, compensation) as replaced,
+            carried_over([optimizer], module.lm, replaced) as words,
+        ):
+            assert words == ()
+        anew = module.make(module)
+        for group, wanted in zip(optimizer.param_groups, anew.param_groups, strict=True):
+            assert [id(p) for p in group["params"]] == [id(p) for p in wanted["params"]]
+            if make == "named":
+                assert len(group["param_names"]) == len(wanted["param_names"])
+                assert all(
+                    name.rsplit(".", 2)[1:] == other.rsplit(".", 2)[1:]
+                    for name, other in zip(group["param_names"], wanted["param_names"], strict=True)
+                )
+        new = [p for p in module.parameters() if p not in optimizer.state]
+        assert all(p.shape == (32,) for p in new)
+        anew.load_state_dict(optimizer.state_dict())
+        step()
+        assert all(p in optimizer.state for p in module.parameters())
 
 
 def test_frozen_parameters_stay_out(tmp_path):

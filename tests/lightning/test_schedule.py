@@ -27,6 +27,7 @@ from tests.lightning.modules import (
     hooks,
     loader,
     pruner,
+    said,
     state_digest,
     trainer,
 )
@@ -284,7 +285,9 @@ def test_a_second_fit_recovers_and_another_module_starts_anew(tmp_path):
     module, callback = Scheduled(), stages()
     run(tmp_path, module, callback)
     size = decoder_parameters(module.lm)
-    fit(tmp_path, module, callback, max_epochs=4)
+    with said() as text:
+        fit(tmp_path, module, callback, max_epochs=4)
+    assert "stages [0.1, 0.25, 0.4] are behind this model" in text.getvalue()
     assert decoder_parameters(module.lm) == size
     assert len(callback.reports_) == 3
     other = Scheduled()
