@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Observer
 from lit_prune.checkpoints import follow_checkpoints, remember_plan
 from lit_prune.config import PruningConfig, refuse_unknown
@@ -18,26 +14,28 @@ from lit_prune.decoder import find_causal_lm, spec_for
 from lit_prune.errors import CalibrationError, ConfigError
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
-from lit_prune.pruner import carry_out, refuse_non_finite_weights
+from lit_prune.pruner import refuse_non_finite_weights
 from lit_prune.running import (
-    STALE,
     Artifacts,
+    Schedule,
     Seen,
-    calibrate_on,
+    Weights,
+    When,
     forget_averages,
+    is_pruned,
     is_rehearsal,
     load_validation,
     makes_its_model,
-    on_device,
+    prune_within,
     refuse_compiled,
     refuse_loaders,
+    refuse_no_best,
     refuse_no_validation,
     refuse_nothing_seen,
-    refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
-    shows_progress,
-    steps_since,
+    refuse_weights,
+    save_pruned_checkpoint,
     tell,
     validate_within_fit,
 )
@@ -55,27 +53,35 @@ if TYPE_CHECKING:
 
 
 class EntropyPruningCallback(Callback):
-    """Observe the validation batches; prune once, when fine-tuning (or a bare validate) is over.
+    """Observe the validation batches; prune when fine-tuning (or a bare validate) is over.
 
     During each validation, hooks on the language model keep the token ids that pass and the moments
     of the unit activations; the last complete validation counts. When the fit ends (after the last
     optimizer step, after averaged weights are copied back), the kept ids are replayed to measure
     transfer entropy, the model is planned, measured, pruned in place and measured again on the same
-    samples and prompts. Loggers receive the result.
+    samples and prompts. Loggers receive the result. The optimizers keep the states of what stays,
+    so that ``pruned.ckpt``, saved beside the checkpoints of the run, resumes:
+    ``trainer.fit(ckpt_path=...)`` with more epochs trains the pruned model on.
 
     Args:
-        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1).
+        pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1); under
+            ``epoch_end`` a list of them, each of what the dense model has, ascending.
         when: ``fit_end`` prunes after ``trainer.fit`` (a bare ``trainer.validate`` then only
-            observes); ``validate`` prunes after ``trainer.validate``.
+            observes); ``validate`` prunes after ``trainer.validate``; ``epoch_end`` prunes in
+            stages, after the first epochs of a fit, while the training goes on: each at the start
+            of the epoch that follows, so that checkpoints hold what was validated, or at the end.
         dry_run: Plan and report, but leave the model as it is.
+        weights: Which weights of a fit to prune: the ``last``, or the ``best`` by the first
+            ModelCheckpoint that has a monitor, with the optimizer states of its file.
         val_dataloader_idx: Which validation loader to observe where there are several; None
             observes all.
         **options: The other fields of `PruningConfig`.
 
     Attributes:
         calibration_: Statistics and samples; absent before the first complete validation.
-        plan_: What was kept; absent before pruning.
+        plan_: What was kept, in units of the dense model; absent before pruning.
         report_: Before and after; absent before pruning.
+        reports_: Those of all stages.
 
     Raises:
         ConfigError: At construction, if an option cannot be meant; later, if the validation loader
@@ -102,19 +108,22 @@ class EntropyPruningCallback(Callback):
     def __init__(
         self,
         *,
-        pruning_ratio: float,
-        when: Literal["fit_end", "validate"] = "fit_end",
+        pruning_ratio: float | list[float],
+        when: When = "fit_end",
         dry_run: bool = False,
+        weights: Weights = "last",
         val_dataloader_idx: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         refuse_unknown(options)
-        config = PruningConfig(pruning_ratio=pruning_ratio, **options)
+        self._schedule = Schedule.of(pruning_ratio, when, dry_run=dry_run)
+        config = PruningConfig(pruning_ratio=self._schedule.ratios[-1], **options)
         self.config = preset(config.preset).resolve(config)
-        if when not in ("fit_end", "validate"):
-            raise ConfigError(f"when must be 'fit_end' or 'validate', got {when!r}.")
+        self._schedule.refuse_budget(self.config)
+        refuse_weights(weights, when)
         self.when = when
+        self.weights = weights
         self.dry_run = dry_run
         self.val_dataloader_idx = val_dataloader_idx
         self._observer: Observer | None = None  # open while a validation runs
@@ -124,7 +133,7 @@ class EntropyPruningCallback(Callback):
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
         self._model: PreTrainedModel | None = None  # the model that was pruned
         self._restored: PruningPlan | None = None  # of a resumed checkpoint
-        self._stale_moments = False  # the optimizers hold dense moments of a pruned model
+        self.reports_: list[PruningReport] = []
 
     # ------------------------------------------------------------------------- before the run
 
@@ -132,14 +141,19 @@ class EntropyPruningCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
         self._checked = self._seen = None
+        if stage == "fit" and not is_pruned(pl_module, self._model, self._restored):
+            self._model = self._restored = None  # what was pruned is another one
+            self.reports_ = []
         self._following = follow_checkpoints(pl_module, self.config.language_model)
-        self._stale_moments &= stage != "fit"  # a fit makes new optimizers
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
+        self._schedule.refuse_trainer(trainer)
         self._artifacts = Artifacts.of(trainer)
         if stage == self._stage:
             refuse_no_validation(trainer, stage)
+            if self.weights == "best":
+                refuse_no_best(trainer)
         # `configure_model` runs after `setup`: what it makes is checked when the run starts
         if not makes_its_model(pl_module):
             self._check_request(pl_module)
@@ -151,12 +165,21 @@ class EntropyPruningCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observes("fit", pl_module):
             self._check_request(pl_module)
+        else:
+            self._schedule.say_ended()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observes("fit", pl_module):
             load_validation(trainer)
             refuse_loaders(trainer, self.val_dataloader_idx)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not when the epoch before ends: its checkpoints hold the weights that were validated
+        if self._schedule.stages and self._is_due(trainer, pl_module):
+            self._validate_if_unseen(trainer)
+            self._prune(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -208,16 +231,14 @@ class EntropyPruningCallback(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observes("fit", pl_module) and self._seen is None:
-            # max_steps or max_time ended the run before its first validation
-            rank_zero_info("lit_prune: this run has not validated yet; validating to calibrate.")
-            validate_within_fit(trainer)
+        if self._is_due(trainer, pl_module):
+            self._validate_if_unseen(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # no optimizer step, checkpoint or copy of averaged weights follows, and DDP is unwrapped
-        if self._observes("fit", pl_module):
-            self._prune(trainer, pl_module)
+        if self._is_due(trainer, pl_module) and self._prune(trainer, pl_module, ended=True):
+            save_pruned_checkpoint(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -234,27 +255,41 @@ class EntropyPruningCallback(Callback):
     ) -> None:
         self._release()  # Lightning does not call `teardown` after an exception or Ctrl-C
 
-    def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether this fit prunes when nothing more is trained, or before the next epoch."""
+        if not self._observes("fit", pl_module):
+            return False
+        return self._schedule.is_due(trainer, find_causal_lm(pl_module, self.config.language_model))
+
+    def _validate_if_unseen(self, trainer: Trainer) -> None:
+        if self._seen is None:  # since the run began or resumed, or since the last pruning
+            validate_within_fit(trainer)
+
+    def _prune(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> bool:
+        """Prune; return whether the model is another now."""
         if self._seen is None:
             raise CalibrationError("this run trained and validated nothing: nothing to prune by.")
         model, dry = self._check_request(pl_module), self.dry_run or is_rehearsal(trainer)
-        with on_device(model, trainer.strategy.root_device):
-            calibration = calibrate_on(trainer, model, self._seen, self.config)
-            if calibration is None:
-                return
-            self.calibration_ = calibration
-            planned, self.report_ = carry_out(
-                model, calibration, self.config, dry_run=dry,
-                warnings=steps_since(trainer, self._seen),
-                keep=partial(self._artifacts.plan, calibration), progress=shows_progress(trainer),
-            )  # fmt: skip
-            self.plan_ = planned.plan
-            if not dry:
-                self._model = model
-                self._stale_moments = trainer.state.fn == TrainerFn.FITTING
-                forget_averages(trainer)
+        stage = self._schedule.next(model, self.config)
+        files = self._artifacts.inside(stage.folder)
+        done = prune_within(
+            trainer, pl_module, model, self._seen, stage.config, files,
+            weights=self.weights if self.when == "fit_end" else None, dry_run=dry,
+        )  # fmt: skip
+        if done is None:
+            return False
+        self.calibration_ = done.calibration
+        self.plan_, self.report_ = stage.finish(model, done.planned, done.report, ended=ended)
+        self.reports_.append(self.report_)
+        if not dry:
+            self._model, self._seen = model, None
+            forget_averages(trainer)
+        if stage.folder:
+            files.report(self.report_)
+            self._artifacts.whole_plan(self.plan_)
         self._artifacts.report(self.report_)
-        tell(trainer, planned, self.report_)
+        tell(trainer, done.planned, self.report_)
+        return not dry
 
     def save_pruned(self, directory: str | Path, **options: Any) -> Path:
         """Save the pruned model with its plan and report; see `lit_prune.save_pruned`.
@@ -281,38 +316,27 @@ class EntropyPruningCallback(Callback):
         self._restored = PruningPlan.from_json(text) if text else None
 
     @override
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self._stale_moments:
-            checkpoint |= {"optimizer_states": [], STALE: True}
-
-    @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        refuse_stale_checkpoint(trainer, checkpoint)
         remember_plan(pl_module, self.config.language_model, checkpoint, self.state_key)
 
     @property
     def _stage(self) -> str:
         """The stage that ends with the pruning."""
-        return "fit" if self.when == "fit_end" else "validate"
+        return "validate" if self.when == "validate" else "fit"
 
     def _observes(self, stage: str | None, pl_module: LightningModule) -> bool:
         """Whether this stage is of interest: not once this very model has been pruned."""
-        restored = self._restored and self._restored.digest
-        for module in pl_module.modules():
-            record = getattr(module, "pruning_record", None)
-            if module is self._model or (record and record.plan.digest == restored):
-                return False
-        return stage in ("validate", self._stage)  # a bare validate is observed in any case
+        ended = self._schedule.has_ended(pl_module, self._model, self._restored)
+        # a bare validate is observed in any case
+        return stage in ("validate", self._stage) and not ended
 
     def _check_request(self, pl_module: LightningModule) -> PreTrainedModel:
         model = find_causal_lm(pl_module, self.config.language_model)
         if self._checked is not model:
             refuse_compiled(pl_module, model)
-            refuse_impossible(model, self.config)
+            self._schedule.refuse_ratios(model, self.config)
             refuse_non_finite_weights(model)
             self._checked = model
         return model

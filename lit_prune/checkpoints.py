@@ -73,7 +73,7 @@ def _take(
 def remember_plan(
     module: nn.Module, language_model: str | None, checkpoint: dict[str, Any], callback: str
 ) -> None:
-    """Put the plan that a checkpoint carries on the model that took its structure, if it has none.
+    """Put the plan that a checkpoint carries on the model that took its structure.
 
     Args:
         module: Holds the language model; the weights of the checkpoint are in it.
@@ -82,6 +82,9 @@ def remember_plan(
         callback: Under which name the callback's state lies there.
     """
     text = checkpoint.get("callbacks", {}).get(callback, {}).get("plan", "")
-    model = find_causal_lm(module, language_model)
-    if text and getattr(model, "pruning_record", None) is None:
-        model.pruning_record = PruningRecord(PruningPlan.from_json(text))  # type: ignore[assignment] # a plain attribute
+    if not text:
+        return
+    model, plan = find_causal_lm(module, language_model), PruningPlan.from_json(text)
+    record = getattr(model, "pruning_record", None)
+    if record is None or record.plan.digest != plan.digest:  # else it has its report, too
+        model.pruning_record = PruningRecord(plan)  # type: ignore[assignment] # a plain attribute

@@ -154,6 +154,60 @@ class PruningPlan:
         )
         return cls(spec.fingerprint, layers)
 
+    def stack(self, count: int) -> tuple[int, ...]:
+        """Return which of its layers are in a stack of ``count`` layers that it has left.
+
+        A layer that keeps nothing leaves the stack, but for the first where it holds the constant
+        of what was removed before the first that stays.
+
+        Raises:
+            PlanMismatchError: If it leaves no such stack.
+        """
+        first, *rest = self.layers
+        stays = [x.index for x in rest if x.kv_groups or x.channels]
+        if first.kv_groups or first.channels or count > len(stays):
+            stays.insert(0, first.index)
+        if len(stays) != count:
+            raise PlanMismatchError(
+                f"plan {self.digest[:12]}… leaves {len(stays)} of {len(self.layers)} layers, not "
+                f"{count}."
+            )
+        return tuple(stays)
+
+    def after(self, first: PruningPlan) -> PruningPlan:
+        """Return the plan that does at once what ``first`` and then this one do.
+
+        Args:
+            first: What was applied before; this plan was made for the model that it has left.
+
+        Returns:
+            What both keep, in indices of the model that ``first`` was made for, without provenance.
+
+        Raises:
+            PlanMismatchError: If this plan keeps what ``first`` has cut.
+
+        Example:
+            >>> first = PruningPlan("abc", (LayerPlan(0, (), ()), LayerPlan(1, (0, 2), (1, 3, 4))))
+            >>> second = PruningPlan("def", (LayerPlan(0, (1,), (0, 2)),))
+            >>> second.after(first).layers[1]
+            LayerPlan(index=1, kv_groups=(2,), channels=(1, 4))
+        """
+        layers = {x.index: LayerPlan(x.index, (), ()) for x in first.layers}
+        for index, mine in zip(first.stack(len(self.layers)), self.layers, strict=True):
+            had = first.layers[index]
+            kinds = ((mine.kv_groups, had.kv_groups), (mine.channels, had.channels))
+            if any(max(kept, default=-1) >= len(there) for kept, there in kinds):
+                raise PlanMismatchError(
+                    f"layer {mine.index} keeps units that plan {first.digest[:12]}… has cut: this "
+                    "plan was made for another model."
+                )
+            layers[index] = LayerPlan(
+                index,
+                tuple(had.kv_groups[unit] for unit in mine.kv_groups),
+                tuple(had.channels[unit] for unit in mine.channels),
+            )
+        return PruningPlan(first.model_fingerprint, tuple(layers.values()))
+
     def validate(self, spec: DecoderSpec) -> None:
         """Refuse a plan that does not fit ``spec``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,14 @@ from lit_prune.surgery import Compensation, applied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel
 
     from lit_prune.plan import PruningPlan
+    from lit_prune.surgery import Replaced
+
+    Carry = Callable[[tuple[Replaced, ...]], AbstractContextManager[Sequence[str]]]
 
 # Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
 # refused.
@@ -125,6 +130,7 @@ def carry_out(
     dry_run: bool = False,
     warnings: Sequence[str] = (),
     keep: Callable[[Planned], None] | None = None,
+    carry: Carry | None = None,
     progress: bool = True,
 ) -> tuple[Planned, PruningReport]:
     """Plan, compensate, cut and measure again, from a calibration; `prune` from there on.
@@ -136,6 +142,8 @@ def carry_out(
         dry_run: Stop before surgery.
         warnings: What the report shall say besides.
         keep: Called with what was decided, before anything is cut. If it raises, nothing is.
+        carry: Entered around what follows the surgery, with where each new parameter comes from;
+            left by an exception if the surgery is taken back. It returns what the report shall say.
         progress: Show progress bars (only on a terminal).
     """
     planned = make_plan(model, calibration, config)
@@ -146,9 +154,11 @@ def carry_out(
         keep(planned)
     if dry_run:
         return planned, make_report(planned, calibration, config, before, None, warnings)
-    with applied(model, planned.plan, planned.compensation):  # or taken back
+    with ExitStack() as stack:  # or taken back
+        replaced = stack.enter_context(applied(model, planned.plan, planned.compensation))
+        said = stack.enter_context(carry(replaced)) if carry else ()
         after = measure(model, calibration.rows, config)
-        report = make_report(planned, calibration, config, before, after, warnings)
+        report = make_report(planned, calibration, config, before, after, (*warnings, *said))
     model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
     return planned, report
 

@@ -35,7 +35,7 @@ DIRECT = {
     "pruner": {"sequential", "report", "measurement", "record"},
     "saving": {"plan", "decoder", "surgery", "report", "record"},
     "views": {"plan", "report"},
-    "running": {"measuring", "report", "views", "planning"},
+    "running": {"pruner", "views"},
     "checkpoints": {"surgery", "record"},
     "callback": {"pruner", "views", "saving", "running", "checkpoints"},
     "finetune": {"callback"},

@@ -1,11 +1,14 @@
 import json
 
 import pytest
+import torch
 
 from lit_prune.decoder import DecoderSpec, spec_for
 from lit_prune.errors import PlanMismatchError
 from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.surgery import apply_plan
 from tests.models import tiny_model
+from tests.state import state_digest
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +116,69 @@ def test_f25_another_architecture_and_another_order(spec):
 
 def test_a_spec_survives_json(spec):
     assert DecoderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def random_plan(spec, generator, gone=0.3):
+    """Keep about half of everything; some sub-blocks, and so some layers, go whole."""
+
+    def some(count):
+        if torch.rand((), generator=generator) < gone:
+            return ()
+        kept = torch.rand(count, generator=generator) < 0.6
+        return tuple(torch.arange(count)[kept].tolist()) or (count - 1,)
+
+    layers = [
+        LayerPlan(
+            block.index,
+            some(block.attention.num_units) if block.attention else (),
+            some(block.mlp.num_units) if block.mlp else (),
+        )
+        for block in spec.blocks
+    ]
+    if not any(x.kv_groups for x in layers):  # one attention must stay
+        place = next(b.index for b in spec.blocks if b.attention)
+        layers[place] = LayerPlan(place, (0,), layers[place].channels)
+    return PruningPlan(spec.fingerprint, tuple(layers))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_plan_after_another_keeps_what_both_keep(seed):
+    """Three plans one after the other, and at once: the same weights to the bit."""
+    generator = torch.Generator().manual_seed(seed)
+    steps, dense = (
+        tiny_model("qwen2", layers=6, kv_heads=4),
+        tiny_model("qwen2", layers=6, kv_heads=4),
+    )
+    whole = None
+    for _ in range(3):
+        plan = random_plan(spec_for(steps), generator, gone=0.2)
+        apply_plan(steps, plan, verify=False)
+        whole = plan if whole is None else plan.after(whole)
+    whole.validate(spec_for(dense))
+    apply_plan(dense, whole)
+    assert state_digest(dense) == state_digest(steps)
+    count = len(steps.model.layers)
+    assert len(whole.stack(count)) == count
+
+
+def test_a_first_layer_that_holds_a_constant_stays_in_the_stack():
+    layers = (LayerPlan(0, (), ()), LayerPlan(1, (), ()), LayerPlan(2, (0, 1), (3, 5)))
+    first = PruningPlan("abc", layers)
+    assert first.stack(1) == (2,)
+    assert first.stack(2) == (0, 2)
+    second = PruningPlan("def", (LayerPlan(0, (), ()), LayerPlan(1, (1,), (1,))))
+    assert second.after(first).layers == (*layers[:2], LayerPlan(2, (1,), (5,)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((LayerPlan(0, (0,), (0,)),) * 3, "leaves 2 of 2 layers, not 3"),
+        ((LayerPlan(0, (0,), (2,)), LayerPlan(1, (), ())), "layer 0 keeps units that plan"),
+        ((LayerPlan(0, (), ()), LayerPlan(1, (1,), ())), "layer 1 keeps units that plan"),
+    ],
+)
+def test_a_plan_of_another_model_is_not_composed(layers, words):
+    first = PruningPlan("abc", (LayerPlan(0, (0, 1), (0, 2)), LayerPlan(1, (4,), (7,))))
+    with pytest.raises(PlanMismatchError, match=words):
+        PruningPlan("def", layers).after(first)

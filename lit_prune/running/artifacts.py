@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from lit_prune.calibration import Calibration
+    from lit_prune.plan import PruningPlan
     from lit_prune.planning import Planned
     from lit_prune.report import PruningReport
 
@@ -60,6 +61,15 @@ class Artifacts:
                 "save_dir)."
             )
         return cls(folder)
+
+    def inside(self, name: str) -> Self:
+        """Return where the files of one stage go."""
+        return type(self)(None if self.folder is None else self.folder / name)
+
+    def whole_plan(self, plan: PruningPlan) -> None:
+        """Write what several stages come to. A failure is a warning: it travels on the model."""
+        with _told():
+            self._write({"plan.json": partial(_save_text, plan.to_json())})
 
     def calibration(self, calibration: Calibration) -> None:
         """Write what a validation has left. A failure is a warning: the training goes on."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.utilities import rank_zero_info
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,6 +31,7 @@ def load_validation(trainer: Trainer) -> None:
 
 def validate_within_fit(trainer: Trainer) -> None:
     """Run the validation loop of a fit once, as the training loop does."""
+    rank_zero_info("lit_prune: nothing validated so far; validating to calibrate.")
     trainer.validating = True
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True

@@ -1,84 +1,87 @@
-"""One pruning inside a run: calibrate on what the validation showed, and tell what was done."""
+"""One pruning inside a run: the right weights, calibrated, cut, and told of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_prune.calibration import Calibration, RowSet, data_notes
-from lit_prune.errors import CalibrationError
-from lit_prune.measuring import calibrate
-from lit_prune.running.loops import is_rehearsal
+from lit_prune.pruner import carry_out
+from lit_prune.running.checkpoint_files import chosen_weights
+from lit_prune.running.loops import on_device
+from lit_prune.running.optimizers import carried_over
+from lit_prune.running.seen import calibrate_on, shows_progress
 from lit_prune.views import log_report, report_scalars
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from transformers import PreTrainedModel
 
-    from lit_prune.calibration import Observer
+    from lit_prune.calibration import Calibration
     from lit_prune.config import PruningConfig
     from lit_prune.planning import Planned
     from lit_prune.report import PruningReport
+    from lit_prune.running.artifacts import Artifacts
+    from lit_prune.running.checkpoint_files import Weights
+    from lit_prune.running.seen import Seen
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """The last complete validation.
+class Pruned:
+    """What one pruning has left."""
 
-    Attributes:
-        observer: What passed through the model in it.
-        step: Optimizer steps that had been made.
-    """
-
-    observer: Observer
-    step: int
+    calibration: Calibration
+    planned: Planned
+    report: PruningReport
 
 
-def calibrate_on(
-    trainer: Trainer, model: PreTrainedModel, seen: Seen, config: PruningConfig
-) -> Calibration | None:
-    """Measure what the request needs on the text that a validation showed.
+def prune_within(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    model: PreTrainedModel,
+    seen: Seen,
+    config: PruningConfig,
+    artifacts: Artifacts,
+    *,
+    weights: Weights | None,
+    dry_run: bool,
+) -> Pruned | None:
+    """Prune the model of a run in place, and let its optimizers go on with what stays.
+
+    Args:
+        trainer: Of the run, in which no step is being made.
+        pl_module: Holds the model.
+        model: In its last weights.
+        seen: The last validation.
+        config: The resolved request.
+        artifacts: Where its files go.
+        weights: Which weights to prune, where a fit has ended.
+        dry_run: Leave everything as it is.
 
     Returns:
-        None in a ``fast_dev_run`` that is too short for it.
-
-    Raises:
-        CalibrationError: If the text is unusable.
+        None in a ``fast_dev_run`` that is too short to plan a pruning.
     """
-    observer = seen.observer
-    # after a fit the weights may be others than those validated: more steps, averages, a best
-    # checkpoint that was loaded back
-    fitted = trainer.state.fn == TrainerFn.FITTING
-    units = None if fitted else (observer.unit_moments() or None)
-    notes = (*observer.notes, *data_notes(trainer.val_dataloaders))
-    rows = RowSet.of(observer.rows.values())
-    try:
-        return calibrate(
-            model, rows, config, units=units, notes=notes, progress=shows_progress(trainer)
+    with (
+        chosen_weights(trainer, pl_module, seen, weights, keep=not dry_run) as said,
+        on_device(model, trainer.strategy.root_device),
+    ):
+        calibration = calibrate_on(trainer, model, seen, config)
+        if calibration is None:
+            return None
+        planned, report = carry_out(
+            model,
+            calibration,
+            config,
+            dry_run=dry_run,
+            warnings=said,
+            keep=partial(artifacts.plan, calibration),
+            carry=partial(carried_over, trainer.optimizers, model),
+            progress=shows_progress(trainer),
         )
-    except CalibrationError as error:
-        if not is_rehearsal(trainer):
-            raise
-        rank_zero_info(f"lit_prune: fast_dev_run is too short to plan a pruning: {error}")
-        return None
-
-
-def steps_since(trainer: Trainer, seen: Seen) -> list[str]:
-    """Say how many optimizer steps followed the validation, where any did."""
-    moved = trainer.global_step - seen.step
-    if trainer.state.fn != TrainerFn.FITTING or not moved:
-        return []
-    return [f"{moved} optimizer steps followed the last validation: replayed its text"]
-
-
-def shows_progress(trainer: Trainer) -> bool:
-    """Return whether this process shows progress bars."""
-    bar = trainer.progress_bar_callback
-    return trainer.is_global_zero and bool(getattr(bar, "is_enabled", False))
+    return Pruned(calibration, planned, report)
 
 
 def tell(trainer: Trainer, planned: Planned, report: PruningReport) -> None:

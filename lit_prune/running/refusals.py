@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_prune.errors import (
     CalibrationError,
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
     from lit_prune.calibration import Observer
 
-# Marks a checkpoint that was written between the pruning and the next fit.
-STALE = "lit_prune_stale_moments"
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
@@ -112,20 +109,6 @@ def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
         raise CalibrationError(
             f"validation loader{which} has 0 batches ({list(counts)}): nothing to calibrate on. Is "
             "its data set empty, or shorter than one batch with drop_last=True?"
-        )
-
-
-def refuse_stale_checkpoint(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuse to train on from a checkpoint that holds pruned weights and no optimizer state.
-
-    Raises:
-        PlanMismatchError: Says how to go on.
-    """
-    if checkpoint.get(STALE) and trainer.state.fn == TrainerFn.FITTING:
-        raise PlanMismatchError(
-            "this checkpoint was written right after pruning: its weights are pruned, and no "
-            "optimizer state fits them. For recovery fine-tuning start a new fit from these "
-            "weights, without ckpt_path."
         )
 
 

@@ -7,7 +7,7 @@ from lit_prune.surgery.compensation import (
     unit_columns,
     weights_digest,
 )
-from lit_prune.surgery.edits import StagedEdits
+from lit_prune.surgery.edits import Replaced, StagedEdits
 from lit_prune.surgery.least_squares import (
     DAMPING_FACTORS,
     fallback_notes,
@@ -19,6 +19,7 @@ from lit_prune.surgery.structure import take_structure
 __all__ = [
     "DAMPING_FACTORS",
     "Compensation",
+    "Replaced",
     "StagedEdits",
     "applied",
     "apply_plan",

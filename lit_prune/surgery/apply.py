@@ -26,7 +26,7 @@ from lit_prune.errors import SurgeryError
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery.cache import cache_slots
 from lit_prune.surgery.compensation import Compensation, unit_columns
-from lit_prune.surgery.edits import StagedEdits
+from lit_prune.surgery.edits import Replaced, StagedEdits
 from lit_prune.surgery.mask import masked
 
 if TYPE_CHECKING:
@@ -108,11 +108,13 @@ def applied(
     compensation: Compensation | None = None,
     *,
     verify: bool = True,
-) -> Iterator[None]:
+) -> Iterator[tuple[Replaced, ...]]:
     """Apply a plan as `apply_plan` does, and take it back if what the ``with`` holds fails.
 
-    The dense weights are freed at its end.
+    Yields where every parameter that is new comes from, and which ones left. The dense weights are
+    freed at its end.
     """
+    before = list(model.parameters())
     spec = spec_for(model)
     plan.validate(spec)
     if compensation is not None:
@@ -127,7 +129,7 @@ def applied(
         if wanted is not None:
             with torch.inference_mode(False), torch.no_grad():
                 _compare(wanted, _logits(model, ids), ids)
-        yield
+        yield edits.record(before, model.parameters())
     except BaseException:
         edits.rollback()
         raise
@@ -199,6 +201,7 @@ def _slice(
         output,
         "weight",
         output.weight[:, columns.to(output.weight.device)] if compensated is None else compensated,
+        kept=(1, columns),
     )
     edits.attribute(output, "in_features", len(columns))
     for number, linear in enumerate(parts.inputs(*place)):
@@ -206,9 +209,9 @@ def _slice(
         # each group
         rows = columns if head_dim is None or number == 0 else unit_columns(kept, head_dim)
         rows = rows.to(linear.weight.device)
-        edits.parameter(linear, "weight", linear.weight[rows])
+        edits.parameter(linear, "weight", linear.weight[rows], kept=(0, rows))
         if linear.bias is not None:
-            edits.parameter(linear, "bias", linear.bias[rows])
+            edits.parameter(linear, "bias", linear.bias[rows], kept=(0, rows))
         edits.attribute(linear, "out_features", len(rows))
 
 
@@ -221,6 +224,7 @@ def _remove(
     if constant is not None:
         new = constant.to(device=like.device, dtype=like.dtype).clone()
         bias = nn.Parameter(new, requires_grad=like.requires_grad)
+        edits.added(bias, beside=like)
     module = ConstantOutput(bias, returns_weights=kind == "attention")
     module.train(parts.sub_block(index, kind).training)
     identity = nn.Identity().train(module.training)

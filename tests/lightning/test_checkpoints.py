@@ -88,25 +88,6 @@ def test_f31_optimizer_of_parameters_outside_the_module_is_fine(tmp_path):
     assert len(module.losses) == 2
 
 
-def test_f31_checkpoint_right_after_pruning_is_not_resumed(tmp_path):
-    callback, module = pruner(), LM()
-    one = fit(tmp_path, module, callback)
-    one.save_checkpoint(tmp_path / "after.ckpt")
-    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
-    assert saved["optimizer_states"] == []
-    before = state_digest(module)
-    two = trainer(tmp_path, callback, max_epochs=5)
-    with pytest.raises(PlanMismatchError, match=r"right after pruning: .* without ckpt_path"):
-        two.fit(module, loader(TRAIN), loader(), ckpt_path=tmp_path / "after.ckpt")
-    assert state_digest(module) == before
-    # its weights are good: they can be looked at, and trained by a new fit
-    trainer(tmp_path, callback).validate(
-        module, loader(), ckpt_path=tmp_path / "after.ckpt", verbose=False
-    )
-    assert state_digest(module) == before
-    fit(tmp_path, module, callback)
-
-
 def test_f31_checkpoint_of_the_recovery_resumes(tmp_path):
     callback, module = pruner(), LM()
     fit(tmp_path, module, callback)
