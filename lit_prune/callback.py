@@ -19,6 +19,7 @@ from lit_prune.errors import CalibrationError, ConfigError
 from lit_prune.methods import entropy_scores, preset
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out, refuse_non_finite_weights
+from lit_prune.ranks import ALONE, Ranks
 from lit_prune.running import (
     STALE,
     Artifacts,
@@ -31,10 +32,11 @@ from lit_prune.running import (
     refuse_compiled,
     refuse_loaders,
     refuse_no_validation,
-    refuse_nothing_seen,
     refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
+    require_text,
+    seen_by_all,
     shows_progress,
     steps_since,
     tell,
@@ -123,6 +125,7 @@ class EntropyPruningCallback(Callback):
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
         self._model: PreTrainedModel | None = None  # the model that was pruned
         self._restored: PruningPlan | None = None  # of a resumed checkpoint
+        self._ranks = ALONE  # the processes that train together, from `setup` on
         self._stale_moments = False  # the optimizers hold dense moments of a pruned model
 
     # ------------------------------------------------------------------------- before the run
@@ -136,12 +139,14 @@ class EntropyPruningCallback(Callback):
         if not self._observes(stage, pl_module):
             return
         refuse_strategy(trainer)
-        self._artifacts = Artifacts.of(trainer)
-        if stage == self._stage:
-            refuse_no_validation(trainer, stage)
-        # `configure_model` runs after `setup`: what it makes is checked when the run starts
-        if type(pl_module).configure_model is LightningModule.configure_model:
-            self._check_request(pl_module)
+        self._ranks = Ranks.of_training()
+        with self._ranks.together():  # only rank 0 has a folder that may not be writable
+            self._artifacts = Artifacts.of(trainer)
+            if stage == self._stage:
+                refuse_no_validation(trainer, stage)
+            # `configure_model` runs after `setup`: what it makes is checked when the run starts
+            if type(pl_module).configure_model is LightningModule.configure_model:
+                self._check_request(pl_module)
         if trainer.is_global_zero:
             # TensorBoard shows the first hyperparameters of a run: with the module's, not after
             log_request(trainer.loggers, self.config.to_dict(), dict(pl_module.hparams))
@@ -155,7 +160,7 @@ class EntropyPruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observes("fit", pl_module):
             load_validation(trainer)
-            refuse_loaders(trainer, self.val_dataloader_idx)
+            refuse_loaders(trainer, self.val_dataloader_idx, self._ranks)
 
     @override
     def on_train_batch_start(
@@ -169,10 +174,12 @@ class EntropyPruningCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._observes(trainer.state.fn, pl_module):
             return
-        refuse_loaders(trainer, self.val_dataloader_idx)
+        alone = self._ranks.size == 1
+        if alone:  # a rank whose loader is empty does not come here: nothing may wait for it
+            refuse_loaders(trainer, self.val_dataloader_idx)
         self._release()
-        model = self._check_request(pl_module)
-        self._observer = Observer(model, max_tokens=self.config.max_calibration_tokens)
+        model, most = self._check_request(pl_module), self.config.max_calibration_tokens
+        self._observer = Observer(model, max_tokens=most, keeps_error=not alone)
         self._observer.open()
 
     @override
@@ -193,21 +200,37 @@ class EntropyPruningCallback(Callback):
             return
         observer, self._observer = self._observer, None
         observer.close()
-        refuse_nothing_seen(trainer, observer)
-        calibration = observer.calibration()
-        if not is_rehearsal(trainer):  # now, not when hours of training are over
-            calibration.require(self.config.min_calibration_tokens)
-        self._seen, self.calibration_ = Seen(observer, trainer.global_step), calibration
-        self._artifacts.calibration(calibration)
+        seen = Seen.by(observer, trainer.global_step)
+        if self._ranks.size == 1:  # else where all ranks meet
+            self._judge(trainer, observer.model, seen)
+        self._seen = seen
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ranks.size > 1 and self._observes("fit", pl_module):
+            self._meet(trainer, pl_module)
+
+    def _meet(self, trainer: Trainer, pl_module: LightningModule) -> Seen | None:
+        """Return what all ranks have seen, None where nobody has validated; call on all ranks."""
+        seen = seen_by_all(self._seen, self._ranks, self.config.max_calibration_tokens)
+        if seen is not None and self._ranks.size > 1:
+            self._judge(trainer, self._check_request(pl_module), seen)
+        return seen
+
+    def _judge(self, trainer: Trainer, model: PreTrainedModel, seen: Seen) -> None:
+        calibration = require_text(trainer, model, seen, self.config.min_calibration_tokens)
+        self.calibration_ = calibration
+        if calibration.units:
+            self._artifacts.calibration(calibration)
         if trainer.is_global_zero and calibration.units:
-            scores = entropy_scores(spec_for(observer.model), calibration, self.config)
-            log_unit_entropy(trainer.loggers, scores.units, trainer.global_step)
+            scores = entropy_scores(spec_for(model), calibration, self.config)
+            log_unit_entropy(trainer.loggers, scores.units, seen.step)
 
     # ------------------------------------------------------------------------- the end of the run
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observes("fit", pl_module) and self._seen is None:
+        if self._observes("fit", pl_module) and not any(self._ranks.gather(self._seen is not None)):
             # max_steps or max_time ended the run before its first validation
             rank_zero_info("lit_prune: this run has not validated yet; validating to calibrate.")
             validate_within_fit(trainer)
@@ -222,8 +245,8 @@ class EntropyPruningCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
         if stage == "validate" == self._stage and self._observes(stage, pl_module):
-            refuse_loaders(trainer, self.val_dataloader_idx)
-            if self._seen is not None:
+            refuse_loaders(trainer, self.val_dataloader_idx, self._ranks)
+            if any(self._ranks.gather(self._seen is not None)):
                 # not in `on_validation_end`: parameters made in inference mode cannot be trained
                 self._prune(trainer, pl_module)
 
@@ -234,17 +257,18 @@ class EntropyPruningCallback(Callback):
         self._release()  # Lightning does not call `teardown` after an exception or Ctrl-C
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._seen is None:
+        seen = self._meet(trainer, pl_module)
+        if seen is None:
             raise CalibrationError("this run trained and validated nothing: nothing to prune by.")
         model, dry = self._check_request(pl_module), self.dry_run or is_rehearsal(trainer)
         with on_device(model, trainer.strategy.root_device):
-            calibration = calibrate_on(trainer, model, self._seen, self.config)
+            calibration = calibrate_on(trainer, model, seen, self.config, self._ranks)
             if calibration is None:
                 return
             self.calibration_ = calibration
             planned, self.report_ = carry_out(
                 model, calibration, self.config, dry_run=dry,
-                warnings=steps_since(trainer, self._seen),
+                warnings=steps_since(trainer, seen), ranks=self._ranks,
                 keep=partial(self._artifacts.plan, calibration), progress=shows_progress(trainer),
             )  # fmt: skip
             self.plan_ = planned.plan

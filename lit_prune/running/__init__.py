@@ -8,13 +8,20 @@ from lit_prune.running.loops import (
     on_device,
     validate_within_fit,
 )
-from lit_prune.running.pruning import Seen, calibrate_on, shows_progress, steps_since, tell
+from lit_prune.running.pruning import (
+    Seen,
+    calibrate_on,
+    require_text,
+    seen_by_all,
+    shows_progress,
+    steps_since,
+    tell,
+)
 from lit_prune.running.refusals import (
     STALE,
     refuse_compiled,
     refuse_loaders,
     refuse_no_validation,
-    refuse_nothing_seen,
     refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
@@ -32,10 +39,11 @@ __all__ = [
     "refuse_compiled",
     "refuse_loaders",
     "refuse_no_validation",
-    "refuse_nothing_seen",
     "refuse_stale_checkpoint",
     "refuse_stale_optimizers",
     "refuse_strategy",
+    "require_text",
+    "seen_by_all",
     "shows_progress",
     "steps_since",
     "tell",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_prune.errors import (
@@ -14,13 +16,15 @@ from lit_prune.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
+from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
     from transformers import PreTrainedModel
 
-    from lit_prune.calibration import Observer
+    from lit_prune.calibration import RowSet
+    from lit_prune.ranks import Ranks
 
 # Marks a checkpoint that was written between the pruning and the next fit.
 STALE = "lit_prune_stale_moments"
@@ -47,11 +51,10 @@ def refuse_strategy(trainer: Trainer) -> None:
             f"strategy with start method {start!r}: the trained weights come back into a dense "
             "module. Train on one device, or with strategy='ddp'."
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         raise UnsupportedModelError(
-            f"pruning on {trainer.world_size} processes is not supported yet. Train without this "
-            "callback, then prune on one: EntropyPruningCallback(when='validate') and "
-            "Trainer(devices=1).validate(module, ckpt_path=...)."
+            f"{type(strategy).__name__} on {trainer.world_size} processes: only DDP is known to "
+            "hold the whole model in each. Train with strategy='ddp' or on one device."
         )
 
 
@@ -94,14 +97,15 @@ def refuse_no_validation(trainer: Trainer, stage: str) -> None:
         )
 
 
-def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
-    """Refuse validation loaders that have nothing to calibrate on.
+def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None, ranks: Ranks = ALONE) -> None:
+    """Refuse validation loaders that have nothing to calibrate on, on any of the ranks.
 
     Raises:
         ConfigError: If the loader that was asked for does not exist.
         CalibrationError: If there is no batch.
     """
-    counts = trainer.num_val_batches
+    shares = ranks.gather(list(trainer.num_val_batches))
+    counts = [sum(loader) for loader in zip_longest(*shares, fillvalue=0)]
     if val_dataloader_idx is not None and not 0 <= val_dataloader_idx < len(counts):
         raise ConfigError(
             f"val_dataloader_idx={val_dataloader_idx}, but there are {len(counts)} validation "
@@ -110,7 +114,7 @@ def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
     if not (sum(counts) if val_dataloader_idx is None else counts[val_dataloader_idx]):
         which = "" if val_dataloader_idx is None else f" {val_dataloader_idx}"
         raise CalibrationError(
-            f"validation loader{which} has 0 batches ({list(counts)}): nothing to calibrate on. Is "
+            f"validation loader{which} has 0 batches ({counts}): nothing to calibrate on. Is "
             "its data set empty, or shorter than one batch with drop_last=True?"
         )
 
@@ -153,13 +157,13 @@ def refuse_stale_optimizers(trainer: Trainer, pl_module: LightningModule) -> Non
         )
 
 
-def refuse_nothing_seen(trainer: Trainer, observer: Observer) -> None:
+def refuse_nothing_seen(trainer: Trainer, rows: RowSet) -> None:
     """Refuse a validation in which the language model saw no text.
 
     Raises:
         CalibrationError: Says how much was validated.
     """
-    if observer.rows:
+    if rows.rows:
         return
     batches = sum(trainer.num_val_batches)
     length = "all" if math.isinf(batches) else f"{batches}"  # an iterable data set does not know
