@@ -134,8 +134,9 @@ class Ranks:
 
     def on_first(self, make: Callable[[], T]) -> T | None:
         """Return what rank 0 makes, None on the others; if it fails, all raise the same error."""
-        made: tuple[T | None, str] = self._made(make, lambda _: "")
-        return made[0]
+        made: T | None
+        made, _ = self._made(make, _nothing)
+        return made
 
     def decide(
         self, make: Callable[[], T], write: Callable[[T], str], read: Callable[[str], T]
@@ -257,6 +258,10 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _nothing(_made: object) -> str:
+    return ""
 
 
 def _bytes(text: str) -> Tensor:

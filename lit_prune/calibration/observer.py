@@ -42,7 +42,7 @@ def _kept(
     """Let a hook of an observer that keeps its error raise none."""
 
     @wraps(hook)
-    def act(observer: Any, /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def act(observer: Observer, /, *args: P.args, **kwargs: P.kwargs) -> None:
         if observer.error is not None:
             return
         try:
