@@ -14,9 +14,9 @@ from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Observer
 from lit_prune.checkpoints import follow_checkpoints, remember_plan
 from lit_prune.config import PruningConfig, refuse_unknown
-from lit_prune.decoder import find_causal_lm, spec_for
+from lit_prune.decoder import find_causal_lm
 from lit_prune.errors import CalibrationError, ConfigError
-from lit_prune.methods import entropy_scores, preset
+from lit_prune.methods import preset
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out, refuse_non_finite_weights
 from lit_prune.ranks import ALONE, Ranks
@@ -27,6 +27,7 @@ from lit_prune.running import (
     calibrate_on,
     forget_averages,
     is_rehearsal,
+    judge,
     load_validation,
     on_device,
     refuse_compiled,
@@ -35,7 +36,6 @@ from lit_prune.running import (
     refuse_stale_checkpoint,
     refuse_stale_optimizers,
     refuse_strategy,
-    require_text,
     seen_by_all,
     shows_progress,
     steps_since,
@@ -43,7 +43,7 @@ from lit_prune.running import (
     validate_within_fit,
 )
 from lit_prune.saving import save_pruned
-from lit_prune.views import log_request, log_unit_entropy
+from lit_prune.views import log_request
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,6 +64,10 @@ class EntropyPruningCallback(Callback):
     transfer entropy, the model is planned, measured, pruned in place and measured again on the same
     samples and prompts. Loggers receive the result.
 
+    Under ``strategy="ddp"`` the processes share the validation text and the replay; a sample that
+    several of them saw counts once. Rank 0 decides, measures, writes files and logs; all prune, and
+    check that they hold the same model. An error on one ends all of them, models as they were.
+
     Args:
         pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1).
         when: ``fit_end`` prunes after ``trainer.fit`` (a bare ``trainer.validate`` then only
@@ -74,7 +78,9 @@ class EntropyPruningCallback(Callback):
         **options: The other fields of `PruningConfig`.
 
     Attributes:
-        calibration_: Statistics and samples; absent before the first complete validation.
+        calibration_: Statistics and samples; absent before the first complete validation. Of
+            several processes, rank 0 has all of it once it has pruned; the others have samples,
+            means and variances.
         plan_: What was kept; absent before pruning.
         report_: Before and after; absent before pruning.
 
@@ -83,6 +89,7 @@ class EntropyPruningCallback(Callback):
             or the language model that it names does not exist.
         UnsupportedModelError: In ``setup``, if model or strategy cannot be pruned.
         BudgetError: In ``setup``, if the ratio cannot be reached.
+        RankError: If another process failed, or holds other parameters.
         CalibrationError: If the validation text is missing (in ``setup``) or unusable.
         ArtifactError: If the run's folder cannot be written to (in ``setup``, or before the model
             is changed).
@@ -174,12 +181,12 @@ class EntropyPruningCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._observes(trainer.state.fn, pl_module):
             return
-        alone = self._ranks.size == 1
-        if alone:  # a rank whose loader is empty does not come here: nothing may wait for it
+        several = self._ranks.size > 1
+        if not several:  # a rank whose loader is empty does not come here: nothing may wait for it
             refuse_loaders(trainer, self.val_dataloader_idx)
         self._release()
         model, most = self._check_request(pl_module), self.config.max_calibration_tokens
-        self._observer = Observer(model, max_tokens=most, keeps_error=not alone)
+        self._observer = Observer(model, max_tokens=most, keeps_error=several)
         self._observer.open()
 
     @override
@@ -202,29 +209,13 @@ class EntropyPruningCallback(Callback):
         observer.close()
         seen = Seen.by(observer, trainer.global_step)
         if self._ranks.size == 1:  # else where all ranks meet
-            self._judge(trainer, observer.model, seen)
+            self.calibration_ = judge(trainer, observer.model, seen, self.config, self._artifacts)
         self._seen = seen
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._ranks.size > 1 and self._observes("fit", pl_module):
             self._meet(trainer, pl_module)
-
-    def _meet(self, trainer: Trainer, pl_module: LightningModule) -> Seen | None:
-        """Return what all ranks have seen, None where nobody has validated; call on all ranks."""
-        seen = seen_by_all(self._seen, self._ranks, self.config.max_calibration_tokens)
-        if seen is not None and self._ranks.size > 1:
-            self._judge(trainer, self._check_request(pl_module), seen)
-        return seen
-
-    def _judge(self, trainer: Trainer, model: PreTrainedModel, seen: Seen) -> None:
-        calibration = require_text(trainer, model, seen, self.config.min_calibration_tokens)
-        self.calibration_ = calibration
-        if calibration.units:
-            self._artifacts.calibration(calibration)
-        if trainer.is_global_zero and calibration.units:
-            scores = entropy_scores(spec_for(model), calibration, self.config)
-            log_unit_entropy(trainer.loggers, scores.units, seen.step)
 
     # ------------------------------------------------------------------------- the end of the run
 
@@ -255,6 +246,14 @@ class EntropyPruningCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         self._release()  # Lightning does not call `teardown` after an exception or Ctrl-C
+
+    def _meet(self, trainer: Trainer, pl_module: LightningModule) -> Seen | None:
+        """Return what all ranks have seen, None where nobody has validated; call on all ranks."""
+        seen = seen_by_all(self._seen, self._ranks, self.config.max_calibration_tokens)
+        if seen is not None and self._ranks.size > 1:
+            model = self._check_request(pl_module)
+            self.calibration_ = judge(trainer, model, seen, self.config, self._artifacts)
+        return seen
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seen = self._meet(trainer, pl_module)

@@ -225,6 +225,11 @@ def _check_calibration(
             f"{weights[:12]}…), or on the same in another dtype: its statistics are not of this "
             "model. Calibrate again."
         )
+    if not calibration.units:
+        raise CalibrationError(
+            "calibration has samples and no moments of the units: several processes saw parts of "
+            "it in a validation, or no token fell on the calibrate side. Calibrate again."
+        )
     needed = set(needed_bypasses(model, config))
     joint = calibration.full is not None and calibration.full.ndim == 2
     if needed and (

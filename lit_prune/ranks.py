@@ -134,9 +134,7 @@ class Ranks:
 
     def on_first(self, make: Callable[[], T]) -> T | None:
         """Return what rank 0 makes, None on the others; if it fails, all raise the same error."""
-        made: T | None
-        made, _ = self._made(make, _nothing)
-        return made
+        return self._made(make, _nothing)[0]
 
     def decide(
         self, make: Callable[[], T], write: Callable[[T], str], read: Callable[[str], T]
@@ -148,7 +146,8 @@ class Ranks:
             write: Turns what it made to text.
             read: Makes the same from that text, on the other ranks.
         """
-        made, text = self._made(make, write)
+        found: tuple[T | None, str] = self._made(make, write)
+        made, text = found
         return read(text) if made is None else made
 
     def hand_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

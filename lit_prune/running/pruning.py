@@ -10,13 +10,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.calibration import CAPPED, Calibration, Row, RowSet, data_notes
-from lit_prune.decoder import fingerprint
+from lit_prune.decoder import fingerprint, spec_for
 from lit_prune.errors import CalibrationError
 from lit_prune.measuring import calibrate
+from lit_prune.methods import entropy_scores
 from lit_prune.ranks import ALONE
 from lit_prune.running.loops import is_rehearsal
 from lit_prune.running.refusals import refuse_nothing_seen
-from lit_prune.views import log_report
+from lit_prune.views import log_report, log_unit_entropy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lit_prune.planning import Planned
     from lit_prune.ranks import Ranks
     from lit_prune.report import PruningReport
+    from lit_prune.running.artifacts import Artifacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +95,28 @@ def seen_by_all(seen: Seen | None, ranks: Ranks, max_tokens: int) -> Seen | None
     return Seen(rows, max(share["step"] for share in shares), tuple(dict.fromkeys(notes)))
 
 
-def require_text(trainer: Trainer, model: PreTrainedModel, seen: Seen, minimum: int) -> Calibration:
+def judge(
+    trainer: Trainer,
+    model: PreTrainedModel,
+    seen: Seen,
+    config: PruningConfig,
+    artifacts: Artifacts,
+) -> Calibration:
     """Refuse a validation that is too little to calibrate on: now, not when training is over.
 
-    Returns:
-        What was seen, before any replay.
+    What was seen, before any replay, is written to the run's folder, and its entropies are logged.
 
     Raises:
-        CalibrationError: If the language model saw no text, or fewer tokens than ``minimum``.
+        CalibrationError: If the language model saw no text, or too little.
     """
     refuse_nothing_seen(trainer, seen.rows)
     calibration = Calibration(fingerprint(model), seen.rows, seen.units, notes=seen.notes)
     if not is_rehearsal(trainer):
-        calibration.require(minimum)
+        calibration.require(config.min_calibration_tokens)
+    artifacts.calibration(calibration)
+    if trainer.is_global_zero and calibration.units:
+        scores = entropy_scores(spec_for(model), calibration, config)
+        log_unit_entropy(trainer.loggers, scores.units, seen.step)
     return calibration
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -19,7 +19,6 @@ from lightning.pytorch.strategies import DDPStrategy
 
 import lit_prune.pruner
 import lit_prune.surgery.apply
-from lit_prune import prune
 from tests.lightning.modules import LM, TRAIN, hooks, loader, pruner, state_digest, trainer
 from tests.models import tiny_model, tiny_rows
 
@@ -61,6 +60,13 @@ def told(callback, module):
         "state": state_digest(module),
         "hooks": hooks(module),
     }
+
+
+def plain(folder):
+    """Without the callback: the hooks that DDP itself leaves."""
+    module = dense()
+    run(ddp(folder), module)
+    return {"hooks": hooks(module)}
 
 
 def roads(folder):
@@ -148,19 +154,16 @@ def nothing_to_validate(folder):
     return fails(folder, pruner(), dense(), val=loader([]))
 
 
-class replaced:
+@contextmanager
+def replaced(rank, owner, name, act):
     """A function of the library replaced, on one rank."""
-
-    def __init__(self, rank, owner, name, act):
-        self.here, self.owner, self.name, self.act = rank == RANK, owner, name, act
-
-    def __enter__(self):
-        self.real = getattr(self.owner, self.name)
-        if self.here:
-            setattr(self.owner, self.name, self.act)
-
-    def __exit__(self, *_):
-        setattr(self.owner, self.name, self.real)
+    real = getattr(owner, name)
+    if rank == RANK:
+        setattr(owner, name, act)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
 
 
 def broken(*args, **kwargs):
@@ -192,7 +195,7 @@ def measuring_on_0(folder):
 def replay_on_1(folder):
     module = sys.modules["lit_prune.calibration.replay"]  # the package's `replay` is the function
     with replaced(1, module, "RecordedRun", broken):
-        return fails(folder, pruner(), dense())
+        return fails(folder, pruner(replay_batch_tokens=128), dense())
 
 
 def other_cut_on_1(folder):
@@ -280,9 +283,9 @@ def latency_budget(folder):
 
 
 SCENARIOS = [
-    roads, empty_rank, empty_rank_validate, capped, bad_sample, poisoned, too_little,
+    plain, roads, empty_rank, empty_rank_validate, capped, bad_sample, poisoned, too_little,
     nothing_to_validate, surgery_on_1, planning_on_0, measuring_on_0, replay_on_1, other_cut_on_1,
-    drifted, unwritable, logged, recovery, dry, rehearsal,
+    drifted, unwritable, logged, recovery, dry, rehearsal, latency_budget,
 ]  # fmt: skip
 
 
