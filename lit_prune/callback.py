@@ -7,45 +7,21 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lit_prune.calibration import Observer
-from lit_prune.checkpoints import follow_checkpoints, remember_plan
+from lit_prune import running
+from lit_prune.checkpoints import remember_plan
 from lit_prune.config import PruningConfig, refuse_unknown
-from lit_prune.decoder import find_causal_lm, spec_for
+from lit_prune.decoder import find_causal_lm
 from lit_prune.errors import CalibrationError, ConfigError
-from lit_prune.methods import entropy_scores, preset
+from lit_prune.methods import preset
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import refuse_non_finite_weights
-from lit_prune.running import (
-    Artifacts,
-    Schedule,
-    Seen,
-    Weights,
-    When,
-    forget_averages,
-    is_pruned,
-    is_rehearsal,
-    load_validation,
-    makes_its_model,
-    prune_within,
-    refuse_compiled,
-    refuse_loaders,
-    refuse_no_best,
-    refuse_no_validation,
-    refuse_nothing_seen,
-    refuse_stale_optimizers,
-    refuse_strategy,
-    refuse_weights,
-    save_pruned_checkpoint,
-    tell,
-    validate_within_fit,
-)
+from lit_prune.ranks import ALONE, Ranks
 from lit_prune.saving import save_pruned
-from lit_prune.views import log_request, log_unit_entropy
+from lit_prune.views import log_request
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
@@ -63,6 +39,12 @@ class EntropyPruningCallback(Callback):
     so that ``pruned.ckpt``, saved beside the checkpoints of the run, resumes:
     ``trainer.fit(ckpt_path=...)`` with more epochs trains the pruned model on.
 
+    Under ``strategy="ddp"`` the processes share the validation text and the replay; a sample that
+    several of them saw counts once. Rank 0 decides, measures, writes files and logs; all prune, and
+    check that they hold the same model. An error on one ends all of them, models as they were.
+    Where parameters are sharded (FSDP, ModelParallel, DeepSpeed), a whole copy on rank 0 is pruned,
+    and the module stays dense.
+
     Args:
         pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1); under
             ``epoch_end`` a list of them, each of what the dense model has, ascending.
@@ -78,7 +60,8 @@ class EntropyPruningCallback(Callback):
         **options: The other fields of `PruningConfig`.
 
     Attributes:
-        calibration_: Statistics and samples; absent before the first complete validation.
+        calibration_: Statistics and samples; absent before the first complete validation. Of
+            several processes rank 0 has all of it; the others have samples, means and variances.
         plan_: What was kept, in units of the dense model; absent before pruning.
         report_: Before and after; absent before pruning.
         reports_: Those of all stages.
@@ -109,29 +92,30 @@ class EntropyPruningCallback(Callback):
         self,
         *,
         pruning_ratio: float | list[float],
-        when: When = "fit_end",
+        when: running.When = "fit_end",
         dry_run: bool = False,
-        weights: Weights = "last",
+        weights: running.Weights = "last",
         val_dataloader_idx: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         refuse_unknown(options)
-        self._schedule = Schedule.of(pruning_ratio, when, dry_run=dry_run)
+        self._schedule = running.Schedule.of(pruning_ratio, when, dry_run=dry_run)
         config = PruningConfig(pruning_ratio=self._schedule.ratios[-1], **options)
         self.config = preset(config.preset).resolve(config)
         self._schedule.refuse_budget(self.config)
-        refuse_weights(weights, when)
+        running.refuse_weights(weights, when)
         self.when = when
         self.weights = weights
         self.dry_run = dry_run
         self.val_dataloader_idx = val_dataloader_idx
-        self._observer: Observer | None = None  # open while a validation runs
-        self._following: RemovableHandle | None = None  # while a checkpoint may be loaded
-        self._seen: Seen | None = None  # the last complete validation
-        self._artifacts = Artifacts(None)  # where this run's files go
+        self._hooks = running.Hooks()  # on the module, while a run goes on
+        self._seen: running.Seen | None = None  # the last complete validation
+        self._artifacts = running.Artifacts(None)  # where this run's files go
         self._checked: PreTrainedModel | None = None  # the model that the request was checked on
+        self._ranks = ALONE  # the processes that train together, from `setup` on
         self._model: PreTrainedModel | None = None  # the model that was pruned
+        self._copy: PreTrainedModel | None = None  # what was pruned in place of a sharded one
         self._restored: PruningPlan | None = None  # of a resumed checkpoint
         self.reports_: list[PruningReport] = []
 
@@ -139,24 +123,26 @@ class EntropyPruningCallback(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._hooks.remove()
         self._checked = self._seen = None
-        if stage == "fit" and not is_pruned(pl_module, self._model, self._restored):
+        if stage == "fit" and not running.is_pruned(pl_module, self._model, self._restored):
             self._model = self._restored = None  # what was pruned is another one
             self.reports_ = []
-        self._following = follow_checkpoints(pl_module, self.config.language_model)
+        self._hooks.follow(pl_module, self.config.language_model)
         if not self._observes(stage, pl_module):
             return
-        refuse_strategy(trainer)
+        running.refuse_strategy(trainer)
         self._schedule.refuse_trainer(trainer)
-        self._artifacts = Artifacts.of(trainer)
-        if stage == self._stage:
-            refuse_no_validation(trainer, stage)
-            if self.weights == "best":
-                refuse_no_best(trainer)
-        # `configure_model` runs after `setup`: what it makes is checked when the run starts
-        if not makes_its_model(pl_module):
-            self._check_request(pl_module)
+        self._ranks = Ranks.of_training() if trainer.world_size > 1 else ALONE
+        with self._ranks.together():  # only rank 0 has a folder that may not be writable
+            self._artifacts = running.Artifacts.of(trainer)
+            if stage == self._stage:
+                running.refuse_no_validation(trainer, stage)
+                if self.weights == "best":
+                    running.refuse_no_best(trainer)
+            # `configure_model` runs after `setup`: what it makes is checked when the run starts
+            if not running.makes_its_model(pl_module):
+                self._check_request(pl_module)
         if trainer.is_global_zero:
             # TensorBoard shows the first hyperparameters of a run: with the module's, not after
             log_request(trainer.loggers, self.config.to_dict(), dict(pl_module.hparams))
@@ -171,21 +157,22 @@ class EntropyPruningCallback(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._observes("fit", pl_module):
-            load_validation(trainer)
-            refuse_loaders(trainer, self.val_dataloader_idx)
+            running.load_validation(trainer)
+            running.refuse_loaders(trainer, self.val_dataloader_idx, self._ranks)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not when the epoch before ends: its checkpoints hold the weights that were validated
         if self._schedule.stages and self._is_due(trainer, pl_module):
             self._validate_if_unseen(trainer)
-            self._prune(trainer, pl_module)
+            if self._prune(trainer, pl_module):
+                running.rewrap(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        refuse_stale_optimizers(trainer, pl_module)
+        running.refuse_stale_optimizers(trainer, pl_module)
 
     # ------------------------------------------------------------------------------ observing
 
@@ -193,11 +180,12 @@ class EntropyPruningCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._observes(trainer.state.fn, pl_module):
             return
-        refuse_loaders(trainer, self.val_dataloader_idx)
-        self._release()
-        model = self._check_request(pl_module)
-        self._observer = Observer(model, max_tokens=self.config.max_calibration_tokens)
-        self._observer.open()
+        alone = self._ranks.size == 1
+        if alone:  # else where all ranks meet: one that has no batch does not come here
+            running.refuse_loaders(trainer, self.val_dataloader_idx)
+        model, probes = self._check_request(pl_module), not running.is_sharded(trainer)
+        most = self.config.max_calibration_tokens
+        self._hooks.observe(model, most, alone=alone, probes=probes)
 
     @override
     def on_validation_batch_start(
@@ -208,24 +196,26 @@ class EntropyPruningCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._observer is not None and self.val_dataloader_idx is not None:
-            self._observer.paused = dataloader_idx != self.val_dataloader_idx
+        wanted = self.val_dataloader_idx
+        self._hooks.pause(paused=wanted is not None and dataloader_idx != wanted)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._observer is None:
+        observer = self._hooks.observed()
+        if observer is None:
             return
-        observer, self._observer = self._observer, None
-        observer.close()
-        refuse_nothing_seen(trainer, observer)
-        calibration = observer.calibration()
-        if not is_rehearsal(trainer):  # now, not when hours of training are over
-            calibration.require(self.config.min_calibration_tokens)
-        self._seen, self.calibration_ = Seen(observer, trainer.global_step), calibration
-        self._artifacts.calibration(calibration)
-        if trainer.is_global_zero and calibration.units:
-            scores = entropy_scores(spec_for(observer.model), calibration, self.config)
-            log_unit_entropy(trainer.loggers, scores.units, trainer.global_step)
+        self._seen = seen = running.Seen.by(observer, trainer.global_step)
+        if self._ranks.size == 1:  # else where all ranks meet
+            self.calibration_ = running.judge(
+                trainer, observer.model, seen, self.config, self._artifacts
+            )
+        if running.is_sharded(trainer) and trainer.state.fn == "validate" == self._stage:
+            self._prune(trainer, pl_module)  # before the shards leave their devices; all are here
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._ranks.size > 1 and self._observes("fit", pl_module):
+            self._meet(trainer, pl_module)
 
     # ------------------------------------------------------------------------- the end of the run
 
@@ -233,19 +223,23 @@ class EntropyPruningCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_due(trainer, pl_module):
             self._validate_if_unseen(trainer)
+            if running.is_sharded(trainer):  # while the shards are on their devices
+                self._prune(trainer, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # no optimizer step, checkpoint or copy of averaged weights follows, and DDP is unwrapped
-        if self._is_due(trainer, pl_module) and self._prune(trainer, pl_module, ended=True):
-            save_pruned_checkpoint(trainer)
+        due = self._is_due(trainer, pl_module) and not running.is_sharded(trainer)
+        if due and self._prune(trainer, pl_module, ended=True):
+            running.save_pruned_checkpoint(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-        if stage == "validate" == self._stage and self._observes(stage, pl_module):
-            refuse_loaders(trainer, self.val_dataloader_idx)
-            if self._seen is not None:
+        self._hooks.remove()
+        ends = stage == "validate" == self._stage and not running.is_sharded(trainer)
+        if ends and self._observes(stage, pl_module):
+            running.refuse_loaders(trainer, self.val_dataloader_idx, self._ranks)
+            if any(self._ranks.gather(self._seen is not None)):
                 # not in `on_validation_end`: parameters made in inference mode cannot be trained
                 self._prune(trainer, pl_module)
 
@@ -253,7 +247,7 @@ class EntropyPruningCallback(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._release()  # Lightning does not call `teardown` after an exception or Ctrl-C
+        self._hooks.remove()  # Lightning does not call `teardown` after an exception or Ctrl-C
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether this fit prunes when nothing more is trained, or before the next epoch."""
@@ -262,33 +256,45 @@ class EntropyPruningCallback(Callback):
         return self._schedule.is_due(trainer, find_causal_lm(pl_module, self.config.language_model))
 
     def _validate_if_unseen(self, trainer: Trainer) -> None:
-        if self._seen is None:  # since the run began or resumed, or since the last pruning
-            validate_within_fit(trainer)
+        # since the run began or resumed, or since the last pruning
+        if not any(self._ranks.gather(self._seen is not None)):
+            running.validate_within_fit(trainer)
+
+    def _meet(self, trainer: Trainer, pl_module: LightningModule) -> running.Seen | None:
+        """Return what all ranks have seen, None where nobody has validated; call on all ranks."""
+        seen = running.seen_by_all(self._seen, self._ranks, self.config.max_calibration_tokens)
+        if seen is not None and self._ranks.size > 1:
+            model = self._check_request(pl_module)
+            self.calibration_ = running.judge(trainer, model, seen, self.config, self._artifacts)
+        return seen
 
     def _prune(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> bool:
         """Prune; return whether the model is another now."""
-        if self._seen is None:
+        seen = self._meet(trainer, pl_module)
+        if seen is None:
             raise CalibrationError("this run trained and validated nothing: nothing to prune by.")
-        model, dry = self._check_request(pl_module), self.dry_run or is_rehearsal(trainer)
+        model, dry = self._check_request(pl_module), self.dry_run or running.is_rehearsal(trainer)
         stage = self._schedule.next(model, self.config)
-        files = self._artifacts.inside(stage.folder)
-        done = prune_within(
-            trainer, pl_module, model, self._seen, stage.config, files,
-            weights=self.weights if self.when == "fit_end" else None, dry_run=dry,
+        files, sharded = self._artifacts.inside(stage.folder), running.is_sharded(trainer)
+        done = (running.prune_copy if sharded else running.prune_within)(
+            trainer, pl_module, model, seen, stage.config, files, dry_run=dry, ranks=self._ranks,
+            weights=self.weights if self.when == "fit_end" else None,
         )  # fmt: skip
         if done is None:
             return False
-        self.calibration_ = done.calibration
-        self.plan_, self.report_ = stage.finish(model, done.planned, done.report, ended=ended)
+        self.calibration_ = done.calibration or self.calibration_
+        self.plan_, self.report_ = stage.finish(model, done.plan, done.report, ended=ended)
         self.reports_.append(self.report_)
-        if not dry:
+        if sharded:
+            self._copy = done.model
+        elif not dry:
             self._model, self._seen = model, None
-            forget_averages(trainer)
+            running.forget_averages(trainer)
         if stage.folder:
             files.report(self.report_)
             self._artifacts.whole_plan(self.plan_)
         self._artifacts.report(self.report_)
-        tell(trainer, done.planned, self.report_)
+        running.tell(trainer, done.planned, self.report_)
         return not dry
 
     def save_pruned(self, directory: str | Path, **options: Any) -> Path:
@@ -297,12 +303,13 @@ class EntropyPruningCallback(Callback):
         Raises:
             ConfigError: If nothing has been pruned yet.
         """
-        if self._model is None:
+        model = self._model or self._copy
+        if model is None:
             raise ConfigError(
                 f"nothing has been pruned: trainer.{self._stage}(...) prunes when it ends, unless "
-                "it is a dry_run or fast_dev_run."
+                "it is a dry_run or fast_dev_run; of a sharded model rank 0 has the pruned copy."
             )
-        return save_pruned(self._model, directory, **options)
+        return save_pruned(model, directory, **options)
 
     @override
     def state_dict(self) -> dict[str, str]:
@@ -335,16 +342,8 @@ class EntropyPruningCallback(Callback):
     def _check_request(self, pl_module: LightningModule) -> PreTrainedModel:
         model = find_causal_lm(pl_module, self.config.language_model)
         if self._checked is not model:
-            refuse_compiled(pl_module, model)
+            running.refuse_compiled(pl_module, model)
             self._schedule.refuse_ratios(model, self.config)
             refuse_non_finite_weights(model)
             self._checked = model
         return model
-
-    def _release(self) -> None:
-        if self._following is not None:
-            self._following.remove()
-            self._following = None
-        if self._observer is not None:
-            self._observer.close()
-            self._observer = None

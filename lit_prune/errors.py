@@ -62,6 +62,10 @@ class ArtifactError(LitPruneError, OSError):
     """A file or directory that is missing, incomplete, hostile, or in the way."""
 
 
+class RankError(LitPruneError, RuntimeError):
+    """A process of several that failed, ended, or holds something else than the others."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the nearest known name, or an empty string.
 

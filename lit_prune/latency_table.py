@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from lit_prune.errors import CalibrationError
 from lit_prune.metrics import device_words, measure_sub_blocks
@@ -33,6 +36,21 @@ def with_latency_table(
         batch_size=workload["batch_size"],
     )
     return replace(calibration, latency=measured.seconds, latency_conditions=measured.conditions)
+
+
+def latency_to_json(calibration: Calibration) -> str:
+    """Return the table as text, to the last bit: other processes are told it."""
+    table = [[*place, rows.tolist()] for place, rows in (calibration.latency or {}).items()]
+    return json.dumps([table, calibration.latency_conditions])
+
+
+def latency_from_json(calibration: Calibration, text: str) -> Calibration:
+    """Return the calibration with the table that `latency_to_json` wrote."""
+    table, conditions = json.loads(text)
+    latency = {
+        (layer, kind): torch.tensor(rows, dtype=torch.float64) for layer, kind, rows in table
+    }
+    return replace(calibration, latency=latency, latency_conditions=conditions)
 
 
 def refuse_other_workload(

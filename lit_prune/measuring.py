@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,9 @@ from lit_prune.calibration import (
 from lit_prune.decoder import DecoderParts, SubBlock, spec_for
 from lit_prune.errors import ScoreError
 from lit_prune.importance import damage_curve, damped, order_damage
-from lit_prune.latency_table import with_latency_table
+from lit_prune.latency_table import latency_from_json, latency_to_json, with_latency_table
 from lit_prune.methods import preset
+from lit_prune.ranks import ALONE
 from lit_prune.surgery import weights_digest
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from lit_prune.calibration import Replayed, RowSet, Unit
     from lit_prune.config import PruningConfig
+    from lit_prune.ranks import Ranks
 
 
 def calibrate(
@@ -43,6 +46,7 @@ def calibrate(
     units: dict[SubBlock, tuple[Tensor, Tensor]] | None = None,
     notes: Sequence[str] = (),
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Measure what the method needs, by replaying the rows where it needs more than ``units``.
 
@@ -55,14 +59,17 @@ def calibrate(
             at no extra cost and independent of order and padding.
         notes: What the report should say about the text.
         progress: Show a bar.
+        ranks: Who shares the forwards; all must call this, with the same model, rows and request.
+            The calibration is complete on rank 0, the others have rows, means and variances.
 
     Raises:
         CalibrationError: If there is too little text, an activation is not finite, or memory runs
-            out.
+            out; on all ranks.
         BudgetError: If a ratio of latency cannot be reached, as soon as latency is measured.
+        RankError: If the weights are not the same on all ranks.
     """
     with out_of_memory_in("the calibration", config.replay_batch_tokens):
-        return _calibrated(model, rows, config, units, notes, progress=progress)
+        return _calibrated(model, rows, config, units, notes, ranks, progress=progress)
 
 
 def _calibrated(
@@ -71,6 +78,7 @@ def _calibrated(
     config: PruningConfig,
     units: dict[SubBlock, tuple[Tensor, Tensor]] | None,
     notes: Sequence[str],
+    ranks: Ranks,
     *,
     progress: bool,
 ) -> Calibration:
@@ -79,14 +87,29 @@ def _calibrated(
     fingerprint = spec_for(model).fingerprint
     calibration = Calibration(fingerprint, rows, units or {}, notes=tuple(notes))
     calibration.require(config.min_calibration_tokens)
-    calibration = replace(calibration, weights_digest=weights_digest(model))
+    weights = weights_digest(model)
+    ranks.same(
+        weights,
+        "the parameters of the model differ between the processes",
+        "Load the same checkpoint everywhere; is a parameter kept out of DDP, or made from a seed "
+        "of each process?",
+    )
+    calibration = replace(calibration, weights_digest=weights)
     if units is not None and not needs and rows.split:
         return calibration
     if needs.latency:
-        calibration = with_latency_table(model, calibration, config)
+        calibration = ranks.decide(
+            lambda: with_latency_table(model, calibration, config),
+            latency_to_json,
+            partial(latency_from_json, calibration),
+        )
         make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
     squares = needs.covariances or needs.curves
-    options: dict[str, Any] = {"max_tokens": config.replay_batch_tokens, "progress": progress}
+    options: dict[str, Any] = {
+        "max_tokens": config.replay_batch_tokens,
+        "progress": progress,
+        "ranks": ranks,
+    }
     if squares:
         options["covariance_bytes"] = config.covariance_bytes
     run = replay_within if squares else replay
@@ -103,7 +126,8 @@ def _calibrated(
         held_out = run(model, rows, side="choose", **options)
         calibration = replace(calibration, held_out=_about(held_out, replayed))
     if needs.curves:
-        calibration = replace(calibration, curves=damage_curves(model, calibration, config))
+        curves = ranks.on_first(lambda: damage_curves(model, calibration, config))
+        calibration = replace(calibration, curves=curves)
     if needs.sensitivities:
         sensitivities = measure_sensitivities(
             model,
@@ -112,15 +136,17 @@ def _calibrated(
             max_tokens=config.search_tokens,
             batch_tokens=config.replay_batch_tokens,
             progress=progress,
+            ranks=ranks,
         )
         calibration = replace(calibration, sensitivities=sensitivities)
     if needs.residuals:
         similarities, inputs = measure_residuals(
-            model, rows, batch_tokens=config.replay_batch_tokens
+            model, rows, batch_tokens=config.replay_batch_tokens, ranks=ranks
         )
         calibration = replace(calibration, similarities=similarities, inputs=inputs)
     if needs.taylor:
-        calibration = replace(calibration, taylor=measure_taylor(model, rows, progress=progress))
+        taylor = ranks.on_first(lambda: measure_taylor(model, rows, progress=progress))
+        calibration = replace(calibration, taylor=taylor)
     return calibration
 
 

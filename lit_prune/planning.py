@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from lit_prune.latency_table import refuse_other_workload, table_words
 from lit_prune.measuring import needed_bypasses
 from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
 from lit_prune.metrics import perplexity_of
+from lit_prune.plan import PruningPlan
 from lit_prune.surgery import (
     Compensation,
     least_squares_compensation,
@@ -32,13 +34,15 @@ if TYPE_CHECKING:
     from lit_prune.calibration import Calibration, Side
     from lit_prune.config import PruningConfig
     from lit_prune.methods import Kept
-    from lit_prune.plan import PruningPlan
+    from lit_prune.ranks import Ranks
     from lit_prune.surgery.least_squares import Solved
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A plan with everything that it rests on; nothing has been changed yet.
+
+    Of several ranks, rank 0 has all; the others plan, compensation and budget.
 
     Attributes:
         plan: What stays.
@@ -150,6 +154,52 @@ def make_plan(
     return Planned(plan, compensation, scores, budget, decision.damage)
 
 
+def same_plan(
+    planned: Planned | None,
+    model: PreTrainedModel,
+    calibration: Calibration,
+    config: PruningConfig,
+    ranks: Ranks,
+) -> Planned:
+    """Tell all ranks what rank 0 has planned; call on all of them.
+
+    Args:
+        planned: On rank 0; None on the others.
+        model: The dense model.
+        calibration: What this rank knows of it.
+        config: The request.
+        ranks: Who shall know.
+
+    Returns:
+        On the other ranks plan, compensation and budget; the scores stay on rank 0.
+
+    Raises:
+        RankError: If another plan arrives than was sent.
+    """
+    if planned is not None and ranks.size == 1:
+        return planned
+
+    def told() -> dict[str, Any]:
+        assert planned is not None  # noqa: S101 - only rank 0 is asked
+        made = planned.compensation
+        digests = made and {"plan_digest": made.plan_digest, "weights_digest": made.weights_digest}
+        return {"plan": planned.plan.to_json(), "compensation": digests}
+
+    words = ranks.decide(told, json.dumps, json.loads)
+    made = planned.compensation if planned is not None else None
+    tensors = ranks.hand_out({} if made is None else made.tensors())
+    if planned is None:
+        compensation = None
+        if words["compensation"] is not None:
+            compensation = Compensation({}, **words["compensation"]).with_tensors(tensors)
+        config = preset(config.preset).resolve(config)
+        budget = make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
+        plan = PruningPlan.from_json(words["plan"])
+        planned = Planned(plan, compensation, Scores({}, {}), budget)
+    ranks.same(planned.plan.digest, "the plan differs between the processes", "Please report this.")
+    return planned
+
+
 def describe(compensation: Compensation | None) -> dict[str, Any]:
     """Return what the plan records about its compensation."""
     if compensation is None:
@@ -174,6 +224,11 @@ def _check_calibration(
             f"calibrated on other weights ({made_on[:12]}…, this model has "
             f"{weights[:12]}…), or on the same in another dtype: its statistics are not of this "
             "model. Calibrate again."
+        )
+    if not calibration.units:
+        raise CalibrationError(
+            "calibration has samples and no moments of the units: several processes saw parts of "
+            "it in a validation, or no token fell on the calibrate side. Calibrate again."
         )
     needed = set(needed_bypasses(model, config))
     joint = calibration.full is not None and calibration.full.ndim == 2

@@ -15,11 +15,12 @@ from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.measurement import Measurement, conditions, measure, predicted_rows, report_rows
 from lit_prune.measuring import calibrate
 from lit_prune.methods import Scores, preset
-from lit_prune.planning import Planned, make_plan, versions
+from lit_prune.planning import Planned, make_plan, same_plan, versions
+from lit_prune.ranks import ALONE
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
 from lit_prune.sequential import compensated
-from lit_prune.surgery import Compensation, applied
+from lit_prune.surgery import Compensation, applied, weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.plan import PruningPlan
+    from lit_prune.ranks import Ranks
     from lit_prune.surgery import Replaced
 
     Carry = Callable[[tuple[Replaced, ...]], AbstractContextManager[Sequence[str]]]
@@ -132,6 +134,7 @@ def carry_out(
     keep: Callable[[Planned], None] | None = None,
     carry: Carry | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> tuple[Planned, PruningReport]:
     """Plan, compensate, cut and measure again, from a calibration; `prune` from there on.
 
@@ -141,26 +144,47 @@ def carry_out(
         config: The resolved request.
         dry_run: Stop before surgery.
         warnings: What the report shall say besides.
-        keep: Called with what was decided, before anything is cut. If it raises, nothing is.
+        keep: Called with what was decided, before anything is cut; on rank 0. If it raises, nothing
+            is.
         carry: Entered around what follows the surgery, with where each new parameter comes from;
             left by an exception if the surgery is taken back. It returns what the report shall say.
         progress: Show progress bars (only on a terminal).
+        ranks: Who has the same model: rank 0 decides and measures, all cut, and all must call this.
+            What fails on one is taken back, and raised, on all.
+
+    Raises:
+        RankError: If the ranks end with different models.
     """
-    planned = make_plan(model, calibration, config)
-    before = measure(model, calibration.rows, config)
-    if not dry_run:
-        planned = compensated(model, planned, calibration, config, progress=progress)
-    if keep is not None:
-        keep(planned)
+
+    def decide() -> tuple[Planned, Measurement]:
+        planned = make_plan(model, calibration, config)
+        before = measure(model, calibration.rows, config)
+        if not dry_run:
+            planned = compensated(model, planned, calibration, config, progress=progress)
+        if keep is not None:
+            keep(planned)
+        return planned, before
+
+    def report(after: Measurement | None) -> PruningReport:
+        assert decided is not None  # noqa: S101 - only rank 0 is asked
+        planned, before = decided
+        return make_report(planned, calibration, config, before, after, said)
+
+    said = [*warnings]
+    decided = ranks.on_first(decide)
+    planned = same_plan(decided and decided[0], model, calibration, config, ranks)
+    words = (PruningReport.to_json, PruningReport.from_json)
     if dry_run:
-        return planned, make_report(planned, calibration, config, before, None, warnings)
-    with ExitStack() as stack:  # or taken back
-        replaced = stack.enter_context(applied(model, planned.plan, planned.compensation))
-        said = stack.enter_context(carry(replaced)) if carry else ()
-        after = measure(model, calibration.rows, config)
-        report = make_report(planned, calibration, config, before, after, (*warnings, *said))
-    model.pruning_record = PruningRecord(planned.plan, report)  # type: ignore[assignment]
-    return planned, report
+        return planned, ranks.decide(lambda: report(None), *words)
+    with ExitStack() as undo:  # taken back if anything fails, on any rank
+        with ranks.together():
+            replaced = undo.enter_context(applied(model, planned.plan, planned.compensation))
+            said += undo.enter_context(carry(replaced)) if carry else ()
+        if ranks.size > 1:
+            ranks.same(weights_digest(model), "the pruned models differ", "Please report this.")
+        found = ranks.decide(lambda: report(measure(model, calibration.rows, config)), *words)
+    model.pruning_record = PruningRecord(planned.plan, found)  # type: ignore[assignment]
+    return planned, found
 
 
 def make_report(

@@ -204,7 +204,7 @@ def _moments(
         metric = metric or ChannelCovariance(both.shape[-1])
         metric.update(both)
     assert metric is not None  # noqa: S101 - a side has at least one batch
-    return metric.mean, metric.compute()
+    return metric.mean, metric.here()
 
 
 def _fit(

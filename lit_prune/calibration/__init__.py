@@ -5,7 +5,7 @@ from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.data_name import data_notes
-from lit_prune.calibration.inputs import real_tokens
+from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
@@ -19,6 +19,7 @@ from lit_prune.calibration.streams import TwoStreams, two_streams
 from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
+    "CAPPED",
     "SENSITIVITIES",
     "TAYLOR_SCORES",
     "Batch",

@@ -10,9 +10,12 @@ from torchmetrics import Metric
 
 from lit_prune.calibration.moments import _BLOCK_ELEMENTS, same_dtype
 from lit_prune.errors import CalibrationError
+from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from lit_prune.ranks import Ranks
 
 Moments = tuple[Tensor, Tensor, Tensor]
 
@@ -86,6 +89,14 @@ class ChannelCovariance(Metric):
         Raises:
             CalibrationError: If no token was seen.
         """
+        return self.here()
+
+    def here(self) -> Tensor:
+        """Return what `compute` does of this process alone; it does not synchronise.
+
+        Raises:
+            CalibrationError: If no token was seen.
+        """
         channels = self.mean.shape[-1]
         parts = zip(
             self.count.reshape(-1),
@@ -103,10 +114,24 @@ class ChannelCovariance(Metric):
         covariance: Tensor = whole[2] / whole[0]
         return covariance
 
-    def result(self) -> Tensor:
-        """Return `compute` on the CPU, ``[channels, channels]`` also where there is one channel."""
-        covariance: Tensor = self.compute().cpu()
-        return covariance.reshape(self.mean.shape[-1], -1)
+    def result(self, ranks: Ranks = ALONE) -> Tensor | None:
+        """Return the population covariance on the CPU, ``[channels, channels]``.
+
+        Args:
+            ranks: Merge what these have seen; call on all of them then. Only rank 0 has the
+                result, the others None: it is large.
+
+        Raises:
+            CalibrationError: If no token was seen.
+        """
+        if ranks.size == 1:
+            return self.here().cpu()
+        count, mean = self.count.cpu(), self.mean.cpu()
+        total = ranks.sum(count)
+        grand = ranks.sum(count.double() / total.clamp_min(1) * mean)
+        about = torch.addr(self.m2.cpu(), mean - grand, mean - grand, alpha=int(count))
+        m2 = ranks.sum_on_first(about)
+        return None if m2 is None else m2.div_(total)
 
 
 def _merge(a: Moments, b: Moments) -> Moments:

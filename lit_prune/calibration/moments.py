@@ -9,9 +9,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_prune.errors import CalibrationError
+from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from lit_prune.ranks import Ranks
 
 BlockMoments = tuple[int, Tensor, Tensor]
 
@@ -160,6 +163,9 @@ class ChannelMoments(Metric):
         Raises:
             CalibrationError: If no token was seen.
         """
+        return self._of_states()
+
+    def _of_states(self) -> tuple[Tensor, Tensor]:
         channels = self.mean.shape[-1]
         count, mean, m2 = merge_moments(
             self.count.reshape(-1), self.mean.reshape(-1, channels), self.m2.reshape(-1, channels)
@@ -171,10 +177,29 @@ class ChannelMoments(Metric):
             )
         return mean, m2 / count
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Return `compute` on the CPU, ``[channels]`` also where there is one channel.
+    def result(self, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+        """Return mean and population variance on the CPU, ``[channels]`` each.
 
-        torchmetrics turns what has one element into a scalar.
+        Unlike `compute` it does not synchronise by itself (rank 0 works alone, too), and does not
+        turn what has one element into a scalar.
+
+        Args:
+            ranks: Merge what these have seen; call on all of them then.
+
+        Raises:
+            CalibrationError: If no token was seen.
         """
-        mean, variance = self.compute()
-        return mean.cpu().reshape(-1), variance.cpu().reshape(-1)
+        if ranks.size > 1:
+            self.count, self.mean, self.m2 = _over_ranks(self.count, self.mean, self.m2, ranks)
+        mean, variance = self._of_states()
+        return mean.cpu(), variance.cpu()
+
+
+def _over_ranks(
+    count: Tensor, mean: Tensor, m2: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `merge_moments` does with the parts of all ranks."""
+    count, mean, m2 = count.cpu(), mean.cpu(), m2.cpu()
+    total = ranks.sum(count)
+    grand = ranks.sum(count.double() / total.clamp_min(1) * mean)
+    return total, grand, ranks.sum(m2 + count * (mean - grand).square())

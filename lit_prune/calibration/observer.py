@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from lit_prune.decoder import KINDS, DecoderParts, SubBlock, fingerprint
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
@@ -30,7 +32,28 @@ _ARGUMENTS = (
     "inputs_embeds",
     "labels",
 )
+P = ParamSpec("P")
 Probed = SubBlock  # the sub-block whose output projection is probed
+
+
+def _kept(
+    hook: Callable[Concatenate[Any, P], None],
+) -> Callable[Concatenate[Any, P], None]:
+    """Let a hook of an observer that keeps its error raise none."""
+
+    @wraps(hook)
+    def act(observer: Observer, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if observer.error is not None:
+            return
+        try:
+            hook(observer, *args, **kwargs)
+        except Exception as error:
+            if not observer.keeps_error:
+                raise
+            # its frames hold the activations of the forward
+            observer.error, observer._selected = error.with_traceback(None), None
+
+    return act
 
 
 class Observer:
@@ -44,6 +67,10 @@ class Observer:
     Args:
         model: The language model.
         max_tokens: Observe no new sample once there are this many real tokens.
+        keeps_error: Do not raise inside a forward, where other processes may wait for this one:
+            keep the error and observe no more.
+        probes: Whether moments of the projections are taken; not where modules are sharded, and
+            may see parts.
 
     Attributes:
         rows: Distinct samples seen, in order of arrival.
@@ -51,11 +78,22 @@ class Observer:
         num_batches: Forwards observed.
         notes: What the report should say about the text, each once.
         paused: True to pass over forwards for a while (another validation loader, say).
+        error: What was kept instead of raised.
     """
 
-    def __init__(self, model: PreTrainedModel, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_tokens: int,
+        keeps_error: bool = False,
+        probes: bool = True,
+    ) -> None:
         self.model = model
         self.max_tokens = max_tokens
+        self.keeps_error = keeps_error
+        self.probes = probes
+        self.error: Exception | None = None
         self.rows: dict[str, Row] = {}
         self.moments: dict[Probed, ChannelMoments] = {}
         self.num_batches = 0
@@ -82,7 +120,7 @@ class Observer:
             self._handles.append(
                 self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             )
-            for layer in range(len(parts.layers)):
+            for layer in range(len(parts.layers) if self.probes else 0):
                 for kind in KINDS:
                     if parts.exists(layer, kind):
                         linear, name = parts.output(layer, kind), parts.output_name(layer, kind)
@@ -119,6 +157,7 @@ class Observer:
             fingerprint(self.model), rows, self.unit_moments(), notes=tuple(self.notes)
         )
 
+    @_kept
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected, self._pending, self._arriving = None, {}, {}
         inputs = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
@@ -144,6 +183,7 @@ class Observer:
             self._arriving[row.digest] = row.merged(known)
         self._selected = selected
 
+    @_kept
     def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._selected is None:
             return
@@ -163,6 +203,7 @@ class Observer:
             )
         self._pending[probed] = part
 
+    @_kept
     def _after(self, _model: nn.Module, _args: object, _output: object) -> None:
         if self._selected is None:
             return

@@ -18,6 +18,7 @@ from lit_prune.calibration.observer import Probed, describe_non_finite
 from lit_prune.calibration.out_of_memory import out_of_memory_in
 from lit_prune.decoder import KINDS, DecoderParts, quiet
 from lit_prune.errors import CalibrationError
+from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
+    from lit_prune.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ TransferTarget = Literal["after_norm", "before_norm"]
 @dataclass(frozen=True, slots=True)
 class Replayed:
     """What a replay measured over the calibrate side, float64 on the CPU.
+
+    Of several ranks all have ``units``, and rank 0 has the rest.
 
     Attributes:
         units: Mean and variance of the input of every output projection, by ``(layer, kind)``,
@@ -67,11 +71,13 @@ def replay(
     side: Side = "calibrate",
     max_tokens: int = 8192,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Replayed:
     """Run one side once, and from each batch's hidden states every bypass.
 
     The batches are made from the distinct rows in canonical order: the result is bit-identical
-    whatever the order, padding or batch size in which the rows arrived.
+    whatever the order, padding or batch size in which the rows arrived. Ranks take turns with the
+    batches, and their moments are merged in float64: the same up to the order of the sums.
 
     Args:
         model: The language model, on the device where it shall run. It is left as it was.
@@ -86,9 +92,10 @@ def replay(
         side: Which text.
         max_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
+        ranks: Who shares the forwards; all have the same model and the same rows.
 
     Raises:
-        CalibrationError: If an activation is not finite, or memory runs out.
+        CalibrationError: If an activation is not finite, or memory runs out; on all ranks.
     """
     parts = DecoderParts(model)
     device = next(model.parameters()).device
@@ -102,15 +109,16 @@ def replay(
     moments: dict[Probed, ChannelMoments] = {}
     joints: dict[Probed, ChannelCovariance] = {}
     squares = {unit: torch.zeros((), dtype=torch.float64) for unit in bypass}
+    num_batches = rows.num_batches(side, max_tokens)
     bar = tqdm(
-        total=rows.num_batches(side, max_tokens) * (1 + len(bypass)),
+        total=len(range(num_batches)[ranks.rank :: ranks.size]) * (1 + len(bypass)),
         desc="Calibrating (replay)",
         unit="forward",
         leave=False,
         disable=None if progress else True,
     )
-    with quiet(model), bar:
-        for number, batch in enumerate(rows.batches(side, max_tokens)):
+    with ranks.together(), quiet(model), bar:
+        for number, batch in ranks.share(enumerate(rows.batches(side, max_tokens))):
             mask = batch.attention_mask.to(device)
             place = f"replayed batch {number}"
             shape = f"{place} ({list(mask.shape)} rows x tokens)"
@@ -143,14 +151,42 @@ def replay(
                 states[unit].update(part)
             for unit, square in changed.items():
                 squares[unit] += square
+    # a rank without a batch has nothing of its own, and takes part in every sum
+    places = _places(parts)
+    whole_units = {
+        place: moments.get(place, ChannelMoments(width)).result(ranks)
+        for place, width in places.items()
+    }
+    found_states = {
+        unit: state
+        for unit, metric in (states.items() if bypass else ())
+        if (state := _state(metric, ranks)) is not None
+    }
+    found_joints = {
+        place: covariance
+        for place, width in places.items()
+        if place in covariances
+        and (covariance := joints.pop(place, ChannelCovariance(width)).result(ranks)) is not None
+    }
+    changes = ranks.sum(torch.stack(list(squares.values()))) if bypass else ()
     return Replayed(
-        {probed: moments[probed].result() for probed in sorted(moments)},
-        _state(states[None]) if bypass else None,
-        {unit: _state(states[unit]) for unit in bypass},
+        whole_units,
+        found_states.pop(None, None),
+        {unit: state for unit, state in found_states.items() if unit is not None},
         target,
-        {probed: joints[probed].result() for probed in sorted(joints)},
-        {unit: square / rows.num_tokens(side) for unit, square in squares.items()},
+        found_joints,
+        {unit: x / rows.num_tokens(side) for unit, x in zip(bypass, changes, strict=True)},
     )
+
+
+def _places(parts: DecoderParts) -> dict[Probed, int]:
+    """Return the width of every output projection's input, in order."""
+    return {
+        (layer, kind): parts.output(layer, kind).in_features
+        for layer in range(len(parts.layers))
+        for kind in KINDS
+        if parts.exists(layer, kind)
+    }
 
 
 def replay_within(
@@ -195,14 +231,11 @@ def covariance_groups(parts: DecoderParts, covariance_bytes: int) -> list[dict[P
         too large.
     """
     groups: list[dict[Probed, int]] = [{}]
-    for layer in range(len(parts.layers)):
-        for kind in KINDS:
-            if not parts.exists(layer, kind):
-                continue
-            size = 8 * parts.output(layer, kind).in_features ** 2
-            if groups[-1] and sum(groups[-1].values()) + size > covariance_bytes:
-                groups.append({})
-            groups[-1][layer, kind] = size
+    for place, width in _places(parts).items():
+        size = 8 * width**2
+        if groups[-1] and sum(groups[-1].values()) + size > covariance_bytes:
+            groups.append({})
+        groups[-1][place] = size
     return groups
 
 
@@ -219,12 +252,8 @@ class _UnitProbes:
 
     def __enter__(self) -> _UnitProbes:
         self._handles = [
-            self._parts.output(layer, kind).register_forward_pre_hook(
-                partial(self._probe, (layer, kind))
-            )
-            for layer in range(len(self._parts.layers))
-            for kind in KINDS
-            if self._parts.exists(layer, kind)
+            self._parts.output(*place).register_forward_pre_hook(partial(self._probe, place))
+            for place in _places(self._parts)
         ]
         return self
 
@@ -247,6 +276,6 @@ def _final(parts: DecoderParts, hidden: Tensor, mask: Tensor, target: TransferTa
     return (parts.final_norm(hidden) if target == "after_norm" else hidden)[mask]
 
 
-def _state(metric: ChannelMoments | ChannelCovariance) -> Tensor:
-    found = metric.result()
-    return found if isinstance(found, Tensor) else found[1]
+def _state(metric: ChannelMoments | ChannelCovariance, ranks: Ranks) -> Tensor | None:
+    found = metric.result(ranks)
+    return found[1] if isinstance(found, tuple) else found

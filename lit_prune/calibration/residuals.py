@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet
+from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.calibration.rows import RowSet
+    from lit_prune.ranks import Ranks
 
 
 def measure_residuals(
-    model: PreTrainedModel, rows: RowSet, *, batch_tokens: int = 8192
+    model: PreTrainedModel, rows: RowSet, *, batch_tokens: int = 8192, ranks: Ranks = ALONE
 ) -> tuple[Tensor, dict[SubBlock, Tensor]]:
     """Measure what one forward over the calibrate side shows between the projections.
 
@@ -25,6 +27,7 @@ def measure_residuals(
         model: The language model, on the device where it shall run. It is left as it was.
         rows: The calibration text.
         batch_tokens: Tokens of one forward.
+        ranks: Who shares the forwards; all have the same model and rows.
 
     Returns:
         Mean cosine similarity of each block's input and output over real tokens, ``[layers]``; and
@@ -34,8 +37,12 @@ def measure_residuals(
     parts = DecoderParts(model)
     device = next(model.parameters()).device
     cosines = torch.zeros(len(parts.layers), dtype=torch.float64, device=device)
-    squares: dict[SubBlock, Tensor] = {}
-    tokens = 0
+    squares: dict[SubBlock, Tensor] = {
+        (layer, kind): cosines.new_zeros(parts.hidden_size)
+        for layer in range(len(parts.layers))
+        for kind in KINDS
+        if parts.exists(layer, kind)
+    }
     mask = torch.zeros(0)
     entries: dict[int, Tensor] = {}
 
@@ -51,8 +58,7 @@ def measure_residuals(
         cosines[layer] += cosine.double().sum()
 
     def read(place: SubBlock, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found = args[0][mask].double().square().sum(0)
-        squares[place] = squares.get(place, 0) + found
+        squares[place] += args[0][mask].double().square().sum(0)
 
     handles = []
     try:
@@ -60,17 +66,17 @@ def measure_residuals(
             handles.append(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leave, layer)))
             handles += [
-                parts.inputs(layer, kind)[0].register_forward_pre_hook(partial(read, (layer, kind)))
-                for kind in KINDS
-                if parts.exists(layer, kind)
+                parts.inputs(*place)[0].register_forward_pre_hook(partial(read, place))
+                for place in squares
+                if place[0] == layer
             ]
-        with quiet(model):
-            for batch in rows.batches("calibrate", batch_tokens):
+        with ranks.together(), quiet(model):
+            for batch in ranks.share(rows.batches("calibrate", batch_tokens)):
                 mask = batch.attention_mask.to(device)
-                tokens += int(mask.sum())
                 parts.model.base_model(**batch.model_inputs(device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    scale = 1 / max(tokens, 1)
-    return (cosines * scale).cpu(), {place: (x * scale).cpu() for place, x in squares.items()}
+    scale = 1 / max(rows.num_tokens("calibrate"), 1)
+    inputs = {place: ranks.sum(x) * scale for place, x in squares.items()}
+    return ranks.sum(cosines) * scale, inputs

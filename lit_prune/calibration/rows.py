@@ -89,6 +89,23 @@ class RowSet:
         sides = {side_of(row.digest) for row in ordered if len(row.ids) > 1}
         return cls(ordered, split=len(sides) == len(SIDES))
 
+    def capped(self, most: int) -> RowSet:
+        """Return rows until there are ``most`` real tokens: chosen by content, in no order of text.
+
+        For rows that several processes saw, where none came before the other.
+        """
+        if sum(len(row.ids) for row in self.rows) <= most:
+            return self
+        taken: list[Row] = []
+        tokens = 0
+        # not by the front of the digest, which says the side
+        for row in sorted(self.rows, key=lambda row: row.digest[::-1]):
+            if tokens >= most:
+                break
+            taken.append(row)
+            tokens += len(row.ids)
+        return RowSet.of(taken)
+
     def side(self, side: Side) -> tuple[Row, ...]:
         """Return the rows of one side; all rows where the text was too short to be split."""
         return tuple(row for row in self.rows if not self.split or side_of(row.digest) == side)

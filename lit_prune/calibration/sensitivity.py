@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.rows import first_tokens
 from lit_prune.decoder import DecoderParts, SubBlock, quiet
+from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.calibration.rows import RowSet
+    from lit_prune.ranks import Ranks
 
 # What `measure_sensitivities` returns for each sub-block, in this order.
 SENSITIVITIES = ("kl", "nll", "frobenius")
@@ -33,6 +35,7 @@ def measure_sensitivities(
     max_tokens: int,
     batch_tokens: int = 8192,
     progress: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[SubBlock, Tensor]:
     """Replace each sub-block by its mean output, one at a time, and compare with the whole model.
 
@@ -47,6 +50,7 @@ def measure_sensitivities(
             head for each sub-block.
         batch_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
+        ranks: Who shares the forwards; all have the same model, rows and means.
 
     Returns:
         For each sub-block, ``[3]``, float64: KL divergence of the next-token distribution from the
@@ -66,15 +70,16 @@ def measure_sensitivities(
     scored = 0
     batches = list(first_tokens(rows.batches("calibrate", batch_tokens), max_tokens))
     seen = sum(int(batch.attention_mask.sum()) for batch in batches)
+    mine = list(ranks.share(batches))
     bar = tqdm(
-        total=len(batches) * len(means),
+        total=len(mine) * len(means),
         desc="Measuring sensitivities",
         unit="forward",
         leave=False,
         disable=None if progress else True,
     )
-    with quiet(model), bar:
-        for batch in batches:
+    with ranks.together(), quiet(model), bar:
+        for batch in mine:
             mask = batch.attention_mask.to(device)
             follows = mask[:, 1:]  # padding is on the right: a real token has real ones before it
             labels = batch.input_ids.to(device)[:, 1:][follows]
@@ -87,8 +92,9 @@ def measure_sensitivities(
                 change = (hidden - dense)[mask].double().square().sum()
                 totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)
                 bar.update()
+    scored = int(ranks.sum(torch.tensor(scored)))
     counts = torch.tensor([max(scored, 1), max(scored, 1), max(seen, 1)], dtype=torch.float64)
-    return {place: total / counts for place, total in totals.items()}
+    return {place: ranks.sum(total) / counts for place, total in totals.items()}
 
 
 def _compare(

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.errors import ArtifactError, ConfigError, UnsupportedModelError
-from lit_prune.running.loops import is_rehearsal
+from lit_prune.running.loops import is_a, is_rehearsal
 from lit_prune.running.seen import steps_since
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ def save_pruned_checkpoint(trainer: Trainer) -> None:
 
     A failure is a warning: the model is pruned, and in hand.
     """
-    checkpoints = [x for x in trainer.checkpoint_callbacks if isinstance(x, ModelCheckpoint)]
-    checkpoint = next((x for x in checkpoints if x.dirpath), None)
+    checkpoint = next((x for x in _checkpoints(trainer) if x.dirpath), None)
     if checkpoint is None or is_rehearsal(trainer):
         return
     path, version = _named(checkpoint, ""), checkpoint.STARTING_VERSION
@@ -152,12 +151,14 @@ def _named(checkpoint: ModelCheckpoint, version: str) -> str:
     return os.path.join(str(checkpoint.dirpath), f"pruned{version}{checkpoint.FILE_EXTENSION}")
 
 
+def _checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
+    found: list[Any] = [x for x in trainer.checkpoint_callbacks if is_a(x, "ModelCheckpoint")]
+    return found
+
+
 def _monitored(trainer: Trainer) -> ModelCheckpoint | None:
     """Return the checkpoint callback that knows the best weights."""
-    for checkpoint in trainer.checkpoint_callbacks:
-        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.monitor:
-            return checkpoint
-    return None
+    return next((x for x in _checkpoints(trainer) if x.monitor), None)
 
 
 def _score(checkpoint: ModelCheckpoint) -> str:

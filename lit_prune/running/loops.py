@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -37,6 +37,23 @@ def validate_within_fit(trainer: Trainer) -> None:
     trainer.training = True
 
 
+def is_a(thing: object, *names: str) -> bool:
+    """Return whether Lightning calls the class of ``thing``, or one above it, by such a name.
+
+    Each of its import roots, ``lightning.pytorch`` and ``pytorch_lightning``, has classes of its
+    own.
+    """
+    return any(kind.__name__ in names for kind in type(thing).__mro__)
+
+
+def rewrap(trainer: Trainer) -> None:
+    """Let DDP, while it trains, find the parameters that the model has now."""
+    strategy: Any = trainer.strategy
+    if is_a(strategy, "DDPStrategy"):
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
 def is_rehearsal(trainer: Trainer) -> bool:
     """Return whether this is a ``fast_dev_run``: all code runs once, nothing is meant."""
     return bool(getattr(trainer, "fast_dev_run", False))
@@ -49,8 +66,7 @@ def forget_averages(trainer: Trainer) -> None:
     ``trainer.validate`` or ``save_checkpoint`` would put it back.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        # by name: `pytorch_lightning` has a class of its own
-        if any(kind.__name__ == "WeightAveraging" for kind in type(callback).__mro__):
+        if is_a(callback, "WeightAveraging"):
             callback._average_model = None
 
 

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out
+from lit_prune.ranks import ALONE
+from lit_prune.report import PruningReport
 from lit_prune.running.checkpoint_files import chosen_weights
 from lit_prune.running.loops import on_device
 from lit_prune.running.optimizers import carried_over
 from lit_prune.running.seen import calibrate_on, shows_progress
+from lit_prune.running.sharded import STAYS_DENSE, whole_copy
 from lit_prune.views import log_report, report_scalars
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
     from lit_prune.config import PruningConfig
     from lit_prune.planning import Planned
-    from lit_prune.report import PruningReport
+    from lit_prune.ranks import Ranks
     from lit_prune.running.artifacts import Artifacts
     from lit_prune.running.checkpoint_files import Weights
     from lit_prune.running.seen import Seen
@@ -31,11 +39,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What one pruning has left."""
+    """What one pruning has left.
 
-    calibration: Calibration
-    planned: Planned
+    Attributes:
+        plan: What stays.
+        report: Before and after.
+        model: The pruned one; None where another rank has it.
+        calibration: What it rests on; None there, too.
+        planned: What was decided; None there, too.
+    """
+
+    plan: PruningPlan
     report: PruningReport
+    model: PreTrainedModel | None = None
+    calibration: Calibration | None = None
+    planned: Planned | None = None
 
 
 def prune_within(
@@ -48,6 +66,8 @@ def prune_within(
     *,
     weights: Weights | None,
     dry_run: bool,
+    ranks: Ranks = ALONE,
+    said: Sequence[str] = (),
 ) -> Pruned | None:
     """Prune the model of a run in place, and let its optimizers go on with what stays.
 
@@ -60,15 +80,18 @@ def prune_within(
         artifacts: Where its files go.
         weights: Which weights to prune, where a fit has ended.
         dry_run: Leave everything as it is.
+        ranks: All must call this.
+        said: What the report shall say besides.
 
     Returns:
         None in a ``fast_dev_run`` that is too short to plan a pruning.
     """
-    with (
-        chosen_weights(trainer, pl_module, seen, weights, keep=not dry_run) as said,
-        on_device(model, trainer.strategy.root_device),
-    ):
-        calibration = calibrate_on(trainer, model, seen, config)
+    with ExitStack() as stack:
+        with ranks.together():  # one rank may not find the file
+            chosen = chosen_weights(trainer, pl_module, seen, weights, keep=not dry_run)
+            words = stack.enter_context(chosen)
+        stack.enter_context(on_device(model, trainer.strategy.root_device))
+        calibration = calibrate_on(trainer, model, seen, config, ranks)
         if calibration is None:
             return None
         planned, report = carry_out(
@@ -76,15 +99,53 @@ def prune_within(
             calibration,
             config,
             dry_run=dry_run,
-            warnings=said,
+            warnings=(*said, *words),
             keep=partial(artifacts.plan, calibration),
             carry=partial(carried_over, trainer.optimizers, model),
             progress=shows_progress(trainer),
+            ranks=ranks,
         )
-    return Pruned(calibration, planned, report)
+    return Pruned(planned.plan, report, model, calibration, planned)
 
 
-def tell(trainer: Trainer, planned: Planned, report: PruningReport) -> None:
+def prune_copy(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    model: PreTrainedModel,
+    seen: Seen,
+    config: PruningConfig,
+    artifacts: Artifacts,
+    *,
+    ranks: Ranks,
+    **options: Any,
+) -> Pruned | None:
+    """Do what `prune_within` does to a whole copy of a sharded model, on rank 0; see there."""
+    whole = whole_copy(model, ranks)
+    found: Pruned | None = None
+
+    def on_copy() -> tuple[PruningPlan, PruningReport] | None:
+        nonlocal found
+        assert whole is not None  # noqa: S101 - only rank 0 is asked
+        options["weights"] = None  # what the shards hold
+        found = prune_within(
+            trainer, pl_module, whole, seen, config, artifacts, said=(STAYS_DENSE,), **options
+        )
+        return None if found is None else (found.plan, found.report)
+
+    told = ranks.decide(on_copy, _written, _read)
+    return found or (told and Pruned(*told))
+
+
+def _written(found: tuple[PruningPlan, PruningReport] | None) -> str:
+    return json.dumps(found and [part.to_json() for part in found])
+
+
+def _read(text: str) -> tuple[PruningPlan, PruningReport] | None:
+    found = json.loads(text)
+    return found and (PruningPlan.from_json(found[0]), PruningReport.from_json(found[1]))
+
+
+def tell(trainer: Trainer, planned: Planned | None, report: PruningReport) -> None:
     """Say the headline, and give the loggers everything.
 
     What loggers get as scalars is in ``trainer.callback_metrics`` too, where a search over
@@ -93,7 +154,7 @@ def tell(trainer: Trainer, planned: Planned, report: PruningReport) -> None:
     rank_zero_info(f"lit_prune: {report.headline()}")
     scalars = {name: torch.tensor(value) for name, value in report_scalars(report).items()}
     trainer.callback_metrics.update(scalars)
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and planned is not None:
         log_report(
             trainer.loggers,
             spec=planned.budget.spec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,15 +14,17 @@ from lit_prune.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
+from lit_prune.ranks import ALONE
+from lit_prune.running.loops import is_a
+from lit_prune.running.sharded import is_sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
     from transformers import PreTrainedModel
 
-    from lit_prune.calibration import Observer
-
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+    from lit_prune.calibration import RowSet
+    from lit_prune.ranks import Ranks
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -31,12 +34,6 @@ def refuse_strategy(trainer: Trainer) -> None:
         UnsupportedModelError: Names the strategy and what to use.
     """
     strategy = trainer.strategy
-    if type(strategy).__name__ in _SHARDED:
-        raise UnsupportedModelError(
-            f"{type(strategy).__name__} shards the parameters, and shards are not cut in place. "
-            "Save a consolidated checkpoint and prune that with lit_prune.prune(...), or train "
-            "with strategy='ddp' or on one device."
-        )
     start = getattr(strategy.launcher, "_start_method", None)
     if start in ("fork", "spawn", "forkserver"):
         # the parent process reloads the trained weights into its own, dense module
@@ -44,11 +41,11 @@ def refuse_strategy(trainer: Trainer) -> None:
             f"strategy with start method {start!r}: the trained weights come back into a dense "
             "module. Train on one device, or with strategy='ddp'."
         )
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and not (is_a(strategy, "DDPStrategy") or is_sharded(trainer)):
         raise UnsupportedModelError(
-            f"pruning on {trainer.world_size} processes is not supported yet. Train without this "
-            "callback, then prune on one: EntropyPruningCallback(when='validate') and "
-            "Trainer(devices=1).validate(module, ckpt_path=...)."
+            f"{type(strategy).__name__} on {trainer.world_size} processes: known are DDP, which "
+            "holds the whole model in each, and FSDP, ModelParallel and DeepSpeed, which shard it. "
+            "Train with one of them or on one device."
         )
 
 
@@ -91,14 +88,15 @@ def refuse_no_validation(trainer: Trainer, stage: str) -> None:
         )
 
 
-def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
-    """Refuse validation loaders that have nothing to calibrate on.
+def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None, ranks: Ranks = ALONE) -> None:
+    """Refuse validation loaders that have nothing to calibrate on, on any of the ranks.
 
     Raises:
         ConfigError: If the loader that was asked for does not exist.
         CalibrationError: If there is no batch.
     """
-    counts = trainer.num_val_batches
+    shares = ranks.gather(list(trainer.num_val_batches))
+    counts = [sum(loader) for loader in zip_longest(*shares, fillvalue=0)]
     if val_dataloader_idx is not None and not 0 <= val_dataloader_idx < len(counts):
         raise ConfigError(
             f"val_dataloader_idx={val_dataloader_idx}, but there are {len(counts)} validation "
@@ -107,7 +105,7 @@ def refuse_loaders(trainer: Trainer, val_dataloader_idx: int | None) -> None:
     if not (sum(counts) if val_dataloader_idx is None else counts[val_dataloader_idx]):
         which = "" if val_dataloader_idx is None else f" {val_dataloader_idx}"
         raise CalibrationError(
-            f"validation loader{which} has 0 batches ({list(counts)}): nothing to calibrate on. Is "
+            f"validation loader{which} has 0 batches ({counts}): nothing to calibrate on. Is "
             "its data set empty, or shorter than one batch with drop_last=True?"
         )
 
@@ -118,6 +116,8 @@ def refuse_stale_optimizers(trainer: Trainer, pl_module: LightningModule) -> Non
     Raises:
         PlanMismatchError: Names the first parameter that no optimizer knows.
     """
+    if is_sharded(trainer):  # shards and whole parameters take turns in the module
+        return
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
     if stepped <= {id(parameter) for parameter in pl_module.parameters()}:
@@ -136,13 +136,13 @@ def refuse_stale_optimizers(trainer: Trainer, pl_module: LightningModule) -> Non
         )
 
 
-def refuse_nothing_seen(trainer: Trainer, observer: Observer) -> None:
+def refuse_nothing_seen(trainer: Trainer, rows: RowSet) -> None:
     """Refuse a validation in which the language model saw no text.
 
     Raises:
         CalibrationError: Says how much was validated.
     """
-    if observer.rows:
+    if rows.rows:
         return
     batches = sum(trainer.num_val_batches)
     length = "all" if math.isinf(batches) else f"{batches}"  # an iterable data set does not know

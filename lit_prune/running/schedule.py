@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.allocation import refuse_impossible
@@ -15,7 +13,7 @@ from lit_prune.config import RATIO_TOLERANCE, PruningConfig
 from lit_prune.decoder import spec_for
 from lit_prune.errors import ConfigError, UnsupportedModelError
 from lit_prune.record import PruningRecord
-from lit_prune.running.loops import is_rehearsal
+from lit_prune.running.loops import is_a, is_rehearsal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.plan import PruningPlan
-    from lit_prune.planning import Planned
     from lit_prune.report import PruningReport
 
 When = Literal["fit_end", "validate", "epoch_end"]
@@ -104,14 +101,14 @@ class Schedule:
                 f"pruning_ratio has {len(self.ratios)} stages, one after each epoch, and "
                 f"max_epochs is {epochs}. Train for more epochs, or leave stages out."
             )
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        if not is_a(trainer.strategy, "SingleDeviceStrategy", "DDPStrategy"):
             raise UnsupportedModelError(
-                f"{type(trainer.strategy).__name__} wraps the model while it trains, and would not "
-                "see the new parameters. For when='epoch_end' train on one device without a "
-                "strategy."
+                f"{type(trainer.strategy).__name__} wraps or shards the model while it trains, and "
+                "would not see the new parameters. For when='epoch_end' train on one device or "
+                "with strategy='ddp'."
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            if is_a(callback, "WeightAveraging", "StochasticWeightAveraging"):
                 raise UnsupportedModelError(
                     f"{type(callback).__name__} averages weights over epochs, and between those of "
                     "when='epoch_end' their shapes change. Leave it out, or prune at 'fit_end'."
@@ -207,25 +204,25 @@ class Stage:
     total_parameters: int
 
     def finish(
-        self, model: PreTrainedModel, planned: Planned, report: PruningReport, *, ended: bool
+        self, model: PreTrainedModel, plan: PruningPlan, report: PruningReport, *, ended: bool
     ) -> tuple[PruningPlan, PruningReport]:
         """Say what all stages so far come to, in terms of the dense model; also on the model.
 
         Args:
             model: Pruned, but for a dry run.
-            planned: This stage.
+            plan: This stage.
             report: This stage.
             ended: Whether the run has, so that no other stage will follow.
         """
         if not self.schedule.stages:
-            return planned.plan, report
+            return plan, report
         number = len(self.before.get("ratios", ())) + 1
         ratio = self.schedule.ratios[number - 1]
         decoder = self.before.get("decoder_parameters", self.decoder_parameters)
         total = self.before.get("total_parameters", self.total_parameters)
         achieved = 1 - self.decoder_parameters * (1 - report.achieved_ratio) / decoder
         stage = {
-            "plan_digest": planned.plan.digest,
+            "plan_digest": plan.digest,
             "requested_ratio": ratio,
             "achieved_ratio": achieved,
             "requested_of_what_was_left": report.requested_ratio,
@@ -237,8 +234,8 @@ class Stage:
             "total_parameters": total,
             "stages": [*self.before.get("stages", ()), stage],
         }
-        plan = planned.plan if self.first is None else planned.plan.after(self.first)
-        facts = {**planned.plan.provenance, "achieved_ratio": achieved, "schedule": schedule}
+        facts = {**plan.provenance, "achieved_ratio": achieved, "schedule": schedule}
+        plan = plan if self.first is None else plan.after(self.first)
         plan = replace(plan, provenance=facts)
         words = (
             f"stage {number} of {len(self.schedule.ratios)}: {report.achieved_ratio:.2%} of the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -52,16 +52,29 @@ class Compensation:
         header = json.dumps(
             {"plan_digest": self.plan_digest, "weights_digest": self.weights_digest}
         )
-        tensors = {
-            f"{layer}.{kind}": constant.contiguous()
-            for (layer, kind), constant in self.constants.items()
-        } | {
-            f"weights.{layer}.{kind}": weight.contiguous()
-            for (layer, kind), weight in self.weights.items()
-        }
         beside = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, beside, metadata={"lit_prune": header})
+        save_file(self.tensors(), beside, metadata={"lit_prune": header})
         beside.replace(path)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return constants and weights by the names that they have in a file."""
+        constants = {f"{layer}.{kind}": x for (layer, kind), x in self.constants.items()}
+        weights = {f"weights.{layer}.{kind}": x for (layer, kind), x in self.weights.items()}
+        return {name: x.contiguous() for name, x in (constants | weights).items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Compensation:
+        """Return this compensation with what `tensors` returned for another.
+
+        Raises:
+            ValueError: If a name is none of those.
+        """
+        constants: dict[SubBlock, Tensor] = {}
+        weights: dict[SubBlock, Tensor] = {}
+        for name, tensor in tensors.items():
+            layer, kind = name.removeprefix("weights.").split(".")
+            group = weights if name.startswith("weights.") else constants
+            group[int(layer), _kind(kind)] = tensor
+        return replace(self, constants=constants, weights=weights)
 
     @classmethod
     def load(cls, path: Path) -> Compensation:
@@ -75,18 +88,13 @@ class Compensation:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["lit_prune"])
-                constants: dict[SubBlock, Tensor] = {}
-                weights: dict[SubBlock, Tensor] = {}
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    layer, kind = name.removeprefix("weights.").split(".")
-                    group = weights if name.startswith("weights.") else constants
-                    group[int(layer), _kind(kind)] = file.get_tensor(name)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             digests = header["plan_digest"], header["weights_digest"]
             if not all(isinstance(digest, str) for digest in digests):
                 raise TypeError(f"digests are {digests}")
+            return cls({}, *digests).with_tensors(tensors)
         except (KeyError, OSError, SafetensorError, TypeError, ValueError) as error:
             raise ArtifactError(f"{path} is not a compensation of lit_prune: {error!r}.") from error
-        return cls(constants, *digests, weights)
 
     def check(self, model: PreTrainedModel, plan: PruningPlan) -> None:
         """Refuse to be used with another plan or on other weights.

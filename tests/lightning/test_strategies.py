@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_prune.errors import UnsupportedModelError
 from tests.lightning.modules import LM, hooks, pruner, state_digest, trainer
@@ -29,12 +29,10 @@ def test_f33_forked_and_spawned_launchers_are_refused(tmp_path, method):
         setup(tmp_path, strategy)
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_f33_several_processes_are_refused(tmp_path, stage, monkeypatch):
-    monkeypatch.setattr(DDPStrategy, "world_size", 2, raising=False)
-    strategy = trainer(tmp_path, strategy="ddp", devices=2).strategy
-    with pytest.raises(UnsupportedModelError, match="pruning on 2 processes is not supported yet"):
-        setup(tmp_path, strategy, stage)
+def test_f33_several_processes_without_ddp_are_refused(tmp_path):
+    strategy = type("ElsewhereStrategy", (SingleDeviceStrategy,), {"world_size": 2})("cpu")
+    with pytest.raises(UnsupportedModelError, match=r"ElsewhereStrategy on 2 .* strategy='ddp'"):
+        setup(tmp_path, strategy)
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
