@@ -215,7 +215,7 @@ class Ranks:
                     f"{digest}…; expected the same on all. {remedy}"
                 )
 
-    def _made(self, make: Callable[[], T], write: Callable[[T], str]) -> tuple[T | None, str]:
+    def _made(self, make: Callable[[], T], write: Callable[[T], str]) -> tuple[Any, str]:
         """Return what rank 0 made and, on the other ranks, the text that stands for it."""
         if self.size == 1:
             return make(), ""
