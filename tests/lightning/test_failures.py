@@ -8,6 +8,7 @@ import torch
 
 import lit_prune.pruner
 import lit_prune.running.pruning
+import lit_prune.running.seen
 from lit_prune.calibration import Calibration, RecordedRun, TwoStreams
 from lit_prune.errors import ArtifactError, BudgetError, CalibrationError, SurgeryError
 from lit_prune.surgery.edits import StagedEdits
@@ -163,7 +164,7 @@ def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
     [
-        (lit_prune.running.pruning, "calibrate", 1),
+        (lit_prune.running.seen, "calibrate", 1),
         (RecordedRun, "__init__", 1),
         (RecordedRun, "without", 5),
         (lit_prune.pruner, "make_plan", 1),
