@@ -20,7 +20,8 @@ def follow_checkpoints(module: nn.Module, language_model: str | None = None) -> 
 
     Call it at the end of ``__init__`` of your LightningModule: then ``load_from_checkpoint`` of a
     pruned run works, and so does any ``load_state_dict``. With `EntropyPruningCallback` in the
-    Trainer, ``trainer.fit(ckpt_path=...)`` needs no such call.
+    Trainer, ``trainer.fit(ckpt_path=...)`` needs no such call (list it before a WeightAveraging,
+    which copies the module as it finds it).
 
     Args:
         module: Holds the language model, dense when it is built.

@@ -63,7 +63,7 @@ class Schedule:
         ratios: tuple[float, ...] = tuple(pruning_ratio)  # type: ignore[arg-type]
         for ratio in ratios:
             PruningConfig(pruning_ratio=ratio)
-        if not ratios or any(b - a < _LEAST_STEP for a, b in pairwise((0.0, *ratios))):
+        if not ratios or any(round(b - a, 9) < _LEAST_STEP for a, b in pairwise((0.0, *ratios))):
             raise ConfigError(
                 "pruning_ratio must be cumulative, each ratio at least "
                 f"{_LEAST_STEP:g} above the one before, as in [0.1, 0.2, 0.3]; got {list(ratios)}."

@@ -57,6 +57,13 @@ def test_every_option_is_read_from_yaml_with_its_type(tmp_path):
     assert (callback.when, callback.dry_run, callback.val_dataloader_idx) == ("validate", True, 1)
 
 
+def test_a_list_of_ratios_and_the_weights_are_read_from_yaml(tmp_path):
+    callback = callback_of(cli(tmp_path, {"pruning_ratio": [0.1, 0.3], "when": "epoch_end"}))
+    assert (callback.config.pruning_ratio, callback.when) == (0.3, "epoch_end")
+    callback = callback_of(cli(tmp_path, {"pruning_ratio": 0.3, "weights": "best"}))
+    assert callback.weights == "best"
+
+
 def test_config_of_the_cli_goes_round(tmp_path):
     one = cli(tmp_path, {"pruning_ratio": 0.3, "protected_layers": [1]})
     dumped = one.parser.dump(one.config, skip_none=False)
@@ -92,7 +99,10 @@ def test_ratio_out_of_range_is_refused_in_our_words(tmp_path):
     [
         ({"pruning_ration": 0.3}, "did you mean 'pruning_ratio'"),
         ({"alocator": "uniform"}, "unknown option 'alocator'; did you mean 'allocator'"),
-        ({"when": "fit_start"}, "when must be 'fit_end' or 'validate', got 'fit_start'"),
+        (
+            {"when": "fit_start"},
+            "when must be 'fit_end', 'validate' or 'epoch_end', got 'fit_start'",
+        ),
         ({"preset": "papper"}, "did you mean 'paper'"),
         ({"pruning_ratio": 1.5}, "pruning_ratio must be a number in"),
     ],

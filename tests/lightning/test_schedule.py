@@ -335,6 +335,10 @@ def test_what_cannot_be_meant_is_refused_at_construction(ratio, when, more, matc
         pruner(ratio, when=when, **more)
 
 
+def test_the_smallest_step_is_taken_as_it_is_written():
+    assert stages([0.1, 0.11]).config.pruning_ratio == 0.11  # a difference of 0.00999…
+
+
 def test_what_cannot_work_is_refused_before_the_run(tmp_path):
     module = Scheduled()
     cases = [
