@@ -90,8 +90,9 @@ def test_law_5_two_processes_give_the_plan_of_one(ranks, tmp_path, number, road)
     assert first["state"] == second["state"]
     assert first["report"] == second["report"]
     assert first["calibration"] == second["calibration"]
-    # the odd sample that DistributedSampler repeats counts once
-    assert first["calibration"] == one.report_.calibration
+    # the odd sample that DistributedSampler repeats counts once; what two processes observed in
+    # the loop is measured again
+    assert first["calibration"] == one.report_.calibration | {"statistics_from": "replay"}
     for row in one.report_.rows:
         if row.unit != "seconds" and row.key != "peak_forward_bytes":
             # sums in another order, then a solver of an ill-conditioned covariance
