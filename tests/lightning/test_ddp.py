@@ -163,7 +163,7 @@ def test_metrics_and_files_once(ranks, folder):
     assert of(ranks, "logged")[0]["plan"] == of(ranks, "logged")[1]["plan"]
     assert len(list((folder / "logged" / "tb").rglob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(folder / "logged" / "tb" / "version_0")).Reload()
-    ours = [tag for tag in events.Tags()["scalars"] if tag.startswith("pruning/")]
+    ours = [tag for tag in events.Tags()["scalars"] if tag.startswith(("prune/", "cost/"))]
     assert ours
     assert {tag: len(events.Scalars(tag)) for tag in ours} == dict.fromkeys(ours, 1)
     plan = PruningPlan.load(folder / "logged" / "tb" / "version_0" / "pruning" / "plan.json")
