@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
                 )
             )
     try:
-        codes = [process.wait(timeout=500) for process in processes]
+        codes = [process.wait(timeout=590) for process in processes]
     finally:
         for process in processes:
             process.kill()
