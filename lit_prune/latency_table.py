@@ -35,7 +35,9 @@ def with_latency_table(
         new_tokens=workload["new_tokens"],
         batch_size=workload["batch_size"],
     )
-    return replace(calibration, latency=measured.seconds, latency_conditions=measured.conditions)
+    # sub-blocks of one shape share a measurement, which safetensors would not write
+    seconds = {place: rows.clone() for place, rows in measured.seconds.items()}
+    return replace(calibration, latency=seconds, latency_conditions=measured.conditions)
 
 
 def latency_to_json(calibration: Calibration) -> str:

@@ -134,7 +134,8 @@ class Ranks:
 
     def on_first(self, make: Callable[[], T]) -> T | None:
         """Return what rank 0 makes, None on the others; if it fails, all raise the same error."""
-        return self._made(make, _nothing)[0]
+        made, _ = self._made(make, _nothing)
+        return made[0] if made else None
 
     def decide(
         self, make: Callable[[], T], write: Callable[[T], str], read: Callable[[str], T]
@@ -146,9 +147,8 @@ class Ranks:
             write: Turns what it made to text.
             read: Makes the same from that text, on the other ranks.
         """
-        found: tuple[T | None, str] = self._made(make, write)
-        made, text = found
-        return read(text) if made is None else made
+        made, text = self._made(make, write)
+        return made[0] if made else read(text)
 
     def hand_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of rank 0, on the CPU of all; those of others are ignored."""
@@ -215,17 +215,17 @@ class Ranks:
                     f"{digest}…; expected the same on all. {remedy}"
                 )
 
-    def _made(self, make: Callable[[], T], write: Callable[[T], str]) -> tuple[Any, str]:
-        """Return what rank 0 made and, on the other ranks, the text that stands for it."""
+    def _made(self, make: Callable[[], T], write: Callable[[T], str]) -> tuple[list[T], str]:
+        """Return what rank 0 made, in a list that is empty elsewhere, and the text of it."""
         if self.size == 1:
-            return make(), ""
-        made: T | None = None
+            return [make()], ""
+        made: list[T] = []
         failure: Exception | None = None
         message: dict[str, Any] = {}
         if self.is_first:
             try:
-                made = make()
-                message["text"] = write(made)
+                made = [make()]
+                message["text"] = write(made[0])
             except Exception as error:
                 failure, message["failure"] = error, _described(error)
         message = json.loads(self._broadcast(json.dumps(message)))

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
                 )
             )
     try:
-        codes = [process.wait(timeout=500) for process in processes]
+        codes = [process.wait(timeout=590) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -90,8 +90,9 @@ def test_law_5_two_processes_give_the_plan_of_one(ranks, tmp_path, number, road)
     assert first["state"] == second["state"]
     assert first["report"] == second["report"]
     assert first["calibration"] == second["calibration"]
-    # the odd sample that DistributedSampler repeats counts once
-    assert first["calibration"] == one.report_.calibration
+    # the odd sample that DistributedSampler repeats counts once; what two processes observed in
+    # the loop is measured again
+    assert first["calibration"] == one.report_.calibration | {"statistics_from": "replay"}
     for row in one.report_.rows:
         if row.unit != "seconds" and row.key != "peak_forward_bytes":
             # sums in another order, then a solver of an ill-conditioned covariance
@@ -162,7 +163,7 @@ def test_metrics_and_files_once(ranks, folder):
     assert of(ranks, "logged")[0]["plan"] == of(ranks, "logged")[1]["plan"]
     assert len(list((folder / "logged" / "tb").rglob("events.out.tfevents.*"))) == 1
     events = EventAccumulator(str(folder / "logged" / "tb" / "version_0")).Reload()
-    ours = [tag for tag in events.Tags()["scalars"] if tag.startswith("pruning/")]
+    ours = [tag for tag in events.Tags()["scalars"] if tag.startswith(("prune/", "cost/"))]
     assert ours
     assert {tag: len(events.Scalars(tag)) for tag in ours} == dict.fromkeys(ours, 1)
     plan = PruningPlan.load(folder / "logged" / "tb" / "version_0" / "pruning" / "plan.json")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_prune import load_pruned
+from lit_prune import Calibration, load_pruned
 from lit_prune.errors import ConfigError
 from tests.lightning.modules import (
     LM,
@@ -174,3 +174,10 @@ def test_trainer_without_callback_goes_on_after_pruning(pruned, tmp_path):
     _, module, _, _ = pruned
     metrics = trainer(tmp_path).validate(module, loader(), verbose=False)
     assert metrics[0]["val_loss"] > 0
+
+
+def test_latency_budget_leaves_its_table_in_the_run(tmp_path):
+    callback = pruner(budget="latency", latency_prompt_tokens=8, latency_new_tokens=2)
+    fit(tmp_path, LM(), callback)
+    kept = Calibration.load(tmp_path / "pruning" / "calibration.safetensors")
+    assert kept.latency.keys() == callback.calibration_.latency.keys()

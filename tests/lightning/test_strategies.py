@@ -30,7 +30,8 @@ def test_f33_forked_and_spawned_launchers_are_refused(tmp_path, method):
 
 
 def test_f33_several_processes_without_ddp_are_refused(tmp_path):
-    strategy = type("ElsewhereStrategy", (SingleDeviceStrategy,), {"world_size": 2})("cpu")
+    strategy = type("ElsewhereStrategy", (SingleDeviceStrategy,), {})("cpu")
+    strategy.world_size = 2
     with pytest.raises(UnsupportedModelError, match=r"ElsewhereStrategy on 2 .* strategy='ddp'"):
         setup(tmp_path, strategy)
 
