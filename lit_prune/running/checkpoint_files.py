@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_prune.errors import ArtifactError, ConfigError, UnsupportedModelError
 from lit_prune.running.loops import is_a, is_rehearsal
 from lit_prune.running.seen import steps_since
+from lit_prune.running.sharded import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +48,13 @@ def refuse_no_best(trainer: Trainer) -> None:
 
     Raises:
         ConfigError: Says what is missing.
+        UnsupportedModelError: If the weights are sharded.
     """
+    if is_sharded(trainer):
+        raise UnsupportedModelError(
+            "weights='best' of sharded parameters are not gathered: load the best checkpoint, "
+            "consolidated, and prune that with lit_prune.prune(...); or use weights='last'."
+        )
     if not is_rehearsal(trainer) and _monitored(trainer) is None:
         raise ConfigError(
             "weights='best' are those that a ModelCheckpoint finds best, and this Trainer has none "

@@ -188,3 +188,50 @@ def test_dry_run_and_rehearsal_cut_nothing(ranks):
 def test_latency_budget_is_measured_once(ranks):
     first, second = of(ranks, "latency_budget")
     assert first == second
+
+
+@pytest.mark.event(
+    "Schedules", '`when="epoch_end"` on two processes', "the same; DDP is wrapped anew"
+)
+def test_stages_between_epochs(ranks):
+    found = of(ranks, "staged")
+    assert found[0]["state"] == found[1]["state"]
+    for each in found:
+        assert each["stages"] == pytest.approx([0.15, 0.3], abs=0.005)
+        assert each["moved"]
+        assert each["losses"][-1] < each["losses"][0]
+
+
+@pytest.mark.event(
+    "Several processes",
+    '`weights="best"`, and `pruned.ckpt` resumed',
+    "all ranks prune and resume the same",
+)
+def test_best_weights_are_pruned_and_what_was_pruned_resumes(ranks):
+    found = of(ranks, "best")
+    assert found[0]["state"] == found[1]["state"]
+    assert found[0]["state_again"] == found[1]["state_again"]
+    assert any("the best weights were pruned" in words for words in found[0]["warnings"])
+    for each in found:
+        assert each["resumed"] == each["pruned"]
+        assert not each["again"]
+
+
+@pytest.mark.event(
+    "Several processes",
+    "sharded parameters (FSDP2 by `ModelParallelStrategy`; FSDP and DeepSpeed were not run)",
+    "a whole copy is pruned on rank 0 and can be saved; the module stays dense; the plan is "
+    "applied in `configure_model` before `fully_shard`, and the recovery trains",
+)
+def test_f33_of_a_sharded_model_a_whole_copy_is_pruned(ranks, folder):
+    one = alone(folder / "one", {"search_tokens": 8192, "replay_batch_tokens": 8192}, "fit")
+    first, second = of(ranks, "sharded")
+    assert {x["plan"] for x in (first, second, *of(ranks, "sharded_validate"))} == {
+        one.plan_.digest
+    }
+    assert first["dense"] == first["first"]
+    assert any("the module stays dense" in words for words in first["warnings"])
+    loaded = load_pruned(folder / "sharded" / "saved")
+    assert first["recovered"] == sum(p.numel() for p in loaded.parameters())
+    for each in (first, second):
+        assert each["losses"][-1] < each["losses"][0]

@@ -10,16 +10,30 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import lit_prune.pruner
 import lit_prune.surgery.apply
-from tests.lightning.modules import LM, TRAIN, hooks, loader, pruner, state_digest, trainer
+from lit_prune import apply_plan
+from tests.lightning.modules import (
+    LM,
+    TRAIN,
+    hooks,
+    labels_of,
+    loader,
+    pruner,
+    state_digest,
+    trainer,
+)
 from tests.models import tiny_model, tiny_rows
 
 RANK = int(os.environ["LOCAL_RANK"])
@@ -207,9 +221,10 @@ def other_cut_on_1(folder):
 
         class Off:
             def __enter__(self):
-                made.__enter__()
+                replaced = made.__enter__()
                 self.kept = model.lm_head.weight.detach().clone()
                 model.lm_head.weight.data[0, 0] += 1
+                return replaced
 
             def __exit__(self, *what):
                 model.lm_head.weight.data.copy_(self.kept)
@@ -282,10 +297,110 @@ def latency_budget(folder):
     return {"plan": callback.plan_.digest, "state": state_digest(module)}
 
 
+class Synced(LM):
+    """One number on all ranks, for ModelCheckpoint to go by."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.lm(**batch, labels=labels_of(batch)).loss, sync_dist=True)
+
+
+def staged(folder):
+    """Pruned twice while it trains; DDP is wrapped anew each time."""
+    callback, module = pruner([0.15, 0.3], when="epoch_end"), dense(lr=1e-2)
+    before = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 2 and not batch_idx:
+                before.extend(p.detach().clone() for p in pl_module.parameters())
+
+    run(ddp(folder, callback, Watch(), max_epochs=4), module)
+    moved = [not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    return told(callback, module) | {
+        "stages": [report.achieved_ratio for report in callback.reports_],
+        "moved": all(moved),
+        "losses": module.losses,
+    }
+
+
+def best(folder):
+    """The best weights are pruned, and what was pruned resumes in a dense module."""
+    kept = ModelCheckpoint(folder / "kept", monitor="val_loss")
+    callback, module = pruner(weights="best"), Synced(tiny_model(kv_heads=4), lr=3.0)
+    options = {"enable_checkpointing": True}
+    run(ddp(folder, callback, kept, max_epochs=3, **options), module)
+    again, fresh = Synced(tiny_model(kv_heads=4), lr=1e-3), pruner()
+    one = ddp(folder, fresh, max_epochs=5)
+    path = folder / "kept" / "pruned.ckpt"
+    one.fit(again, loader(TRAIN, 4), loader(ROWS), ckpt_path=path)
+    return told(callback, module) | {
+        "best": kept.best_model_path,
+        "resumed": sum(p.numel() for p in again.parameters()),
+        "pruned": sum(p.numel() for p in module.parameters()),
+        "again": hasattr(fresh, "report_"),
+        "state_again": state_digest(again),
+    }
+
+
+class Sharded(LM):
+    """Sharded by FSDP2, as users do it; ``plan`` is applied to the whole model before."""
+
+    def __init__(self, plan=None, **options):
+        super().__init__(tiny_model(kv_heads=4), **options)
+        self.plan = plan
+
+    def configure_model(self):
+        if any(isinstance(p, DTensor) for p in self.parameters()):
+            return
+        if self.plan is not None:
+            apply_plan(self.lm, self.plan / "plan.json", self.plan / "compensation.safetensors")
+        for layer in self.lm.model.layers:
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.lm, mesh=self.device_mesh["data_parallel"])
+
+
+def sharding(folder, *callbacks, **options):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return trainer(folder, *callbacks, strategy=strategy, devices=2, **options)
+
+
+def whole(module):
+    """What a sharded module holds, hashed."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(module.lm, options=options)
+    return state_digest(SimpleNamespace(state_dict=lambda: weights)) if RANK == 0 else ""
+
+
+def sharded(folder):
+    """A whole copy is pruned; its plan is applied before the recovery is sharded."""
+    callback, module = pruner(), Sharded(lr=0.0)
+    run(sharding(folder, callback), module)
+    found = {
+        "plan": callback.plan_.digest,
+        "warnings": callback.report_.warnings,
+        "dense": whole(module),
+        "first": state_digest(tiny_model(kv_heads=4)),
+        "hooks": hooks(module),
+    }
+    if RANK == 0:
+        callback.save_pruned(folder / "saved", verify=False)
+    recovery = Sharded(folder / "pruning", lr=1e-2)
+    run(sharding(folder, max_epochs=4), recovery)
+    size = sum(p.numel() for p in recovery.lm.parameters())
+    return found | {"recovered": size, "losses": recovery.losses}
+
+
+def sharded_validate(folder):
+    callback, module = pruner(when="validate"), Sharded()
+    run(sharding(folder, callback), module, "validate")
+    return {"plan": callback.plan_.digest}
+
+
 SCENARIOS = [
     plain, roads, empty_rank, empty_rank_validate, capped, bad_sample, poisoned, too_little,
     nothing_to_validate, surgery_on_1, planning_on_0, measuring_on_0, replay_on_1, other_cut_on_1,
-    drifted, unwritable, logged, recovery, dry, rehearsal, latency_budget,
+    drifted, unwritable, logged, recovery, dry, rehearsal, latency_budget, staged, best, sharded,
+    sharded_validate,
 ]  # fmt: skip
 
 
@@ -293,7 +408,10 @@ def main(folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = {}
+    only = os.environ.get("SCENARIOS", "").split()
     for scenario in SCENARIOS:
+        if only and scenario.__name__ not in only:
+            continue
         where = folder / scenario.__name__
         where.mkdir(exist_ok=True)
         print(RANK, scenario.__name__, flush=True)
