@@ -49,6 +49,11 @@ class ByHand(L.Callback):
             apply_plan(pl_module.lm, narrow_plan(pl_module.lm))
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "a plan applied by hand while optimizers step",
+    "`PlanMismatchError` that names the parameters",
+)
 @pytest.mark.parametrize(
     ("hook", "steps"), [("on_train_start", 0), ("on_fit_start", 0), ("on_validation_end", 2)]
 )
@@ -88,6 +93,9 @@ def test_f31_optimizer_of_parameters_outside_the_module_is_fine(tmp_path):
     assert len(module.losses) == 2
 
 
+@pytest.mark.event(
+    "Checkpoints", "`fit(ckpt_path=...)` of a recovery run", "goes on; not pruned again"
+)
 def test_f31_checkpoint_of_the_recovery_resumes(tmp_path):
     callback, module = pruner(), LM()
     fit(tmp_path, module, callback)
@@ -103,6 +111,9 @@ def test_f31_checkpoint_of_the_recovery_resumes(tmp_path):
     assert module.lm.pruning_record.report is callback.report_
 
 
+@pytest.mark.event(
+    "Checkpoints", "the same in a new process, by the callback alone", "goes on; not pruned again"
+)
 def test_f31_recovery_resumes_in_a_fresh_process_and_is_not_pruned_again(tmp_path):
     """A new callback learns from the checkpoint that this model is the pruned one."""
     callback, module = pruner(), LM()
@@ -118,6 +129,11 @@ def test_f31_recovery_resumes_in_a_fresh_process_and_is_not_pruned_again(tmp_pat
     assert fresh.state_dict() == callback.state_dict()
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "`fit(ckpt_path=...)` of a checkpoint from before the pruning",
+    "trains on and prunes once",
+)
 def test_f31_checkpoint_before_pruning_resumes_and_prunes_once(tmp_path):
     """An interrupted fine-tuning goes on as if nothing had happened."""
     save = ModelCheckpoint(tmp_path / "first", save_last=True)
@@ -130,6 +146,11 @@ def test_f31_checkpoint_before_pruning_resumes_and_prunes_once(tmp_path):
     assert callback.report_.achieved_ratio == pytest.approx(0.3, abs=0.005)
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "checkpoints that the run itself wrote",
+    "hold the dense model that was validated",
+)
 def test_checkpoints_of_the_run_hold_the_dense_model(tmp_path):
     callback, module = pruner(), LM()
     dense = {name: tuple(x.shape) for name, x in module.state_dict().items()}
@@ -162,6 +183,11 @@ def test_best_weights_loaded_back_at_the_end_are_what_is_pruned(tmp_path):
         assert state_digest(module.lm) == state_digest(fresh)
 
 
+@pytest.mark.event(
+    "Neighbours",
+    "`WeightAveraging`, EMA, in either order",
+    "the averaged weights are pruned; the dense copy never comes back",
+)
 @pytest.mark.parametrize("first", [True, False], ids=["average first", "pruner first"])
 @pytest.mark.parametrize("options", [{}, {"max_steps": 2, "max_epochs": None}])
 def test_averaged_weights_are_what_is_pruned(tmp_path, first, options):
@@ -205,6 +231,7 @@ def test_averaging_starts_anew_in_the_recovery(tmp_path):
     assert decoder_parameters(module.lm) == size
 
 
+@pytest.mark.event("Neighbours", "`StochasticWeightAveraging`", "its weights are pruned")
 def test_stochastic_weight_averaging(tmp_path):
     callback, module = pruner(), LM()
     swa = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)

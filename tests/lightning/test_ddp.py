@@ -82,6 +82,11 @@ ROADS = [
 ]
 
 
+@pytest.mark.event(
+    "Several processes",
+    '`strategy="ddp"`, two processes',
+    "share text and replay; the same plan as one process",
+)
 @pytest.mark.parametrize(("number", "road"), list(enumerate(ROADS)), ids=str)
 def test_law_5_two_processes_give_the_plan_of_one(ranks, tmp_path, number, road):
     first, second = (found[number] for found in of(ranks, "roads"))
@@ -100,6 +105,11 @@ def test_law_5_two_processes_give_the_plan_of_one(ranks, tmp_path, number, road)
     assert set(one.report_.warnings) == set(first["warnings"])
 
 
+@pytest.mark.event(
+    "Several processes",
+    "a rank whose validation loader is empty",
+    "the same plan; see DDP's own limits below",
+)
 @pytest.mark.parametrize("scenario", ["empty_rank", "empty_rank_validate"])
 def test_f35_rank_without_a_batch(ranks, tmp_path, scenario):
     first, second = of(ranks, scenario)
@@ -110,6 +120,7 @@ def test_f35_rank_without_a_batch(ranks, tmp_path, scenario):
         assert [first["validations"] > 0, second["validations"]] == [True, 0]
 
 
+@pytest.mark.event("Several processes", "`max_calibration_tokens`", "holds for all ranks together")
 def test_f35_cap_holds_for_all_ranks_together(ranks):
     first, second = of(ranks, "capped")
     assert first == second
@@ -117,6 +128,9 @@ def test_f35_cap_holds_for_all_ranks_together(ranks):
     assert any("max_calibration_tokens" in text for text in first["warnings"])
 
 
+@pytest.mark.event(
+    "Several processes", "an error on one rank", "all ranks end with it, models as they were"
+)
 @pytest.mark.parametrize(
     ("scenario", "kinds", "words"),
     [
@@ -151,6 +165,7 @@ def test_f35_other_ranks_name_the_rank_that_failed(ranks, scenario, failed):
     assert "ranks stop" not in found[failed]["error"][1]
 
 
+@pytest.mark.event("Several processes", "ranks with different weights", "refused on all")
 def test_f36_parameters_that_differ_before_are_refused(ranks):
     for found in of(ranks, "drifted"):
         assert found["error"][0] == "RankError"
@@ -159,6 +174,7 @@ def test_f36_parameters_that_differ_before_are_refused(ranks):
         assert not found["pruned"]
 
 
+@pytest.mark.event("Several processes", "loggers and files", "once, by rank 0")
 def test_metrics_and_files_once(ranks, folder):
     assert of(ranks, "logged")[0]["plan"] == of(ranks, "logged")[1]["plan"]
     assert len(list((folder / "logged" / "tb").rglob("events.out.tfevents.*"))) == 1
@@ -170,6 +186,11 @@ def test_metrics_and_files_once(ranks, folder):
     assert plan.digest == of(ranks, "logged")[0]["plan"]
 
 
+@pytest.mark.event(
+    "Several processes",
+    "`fit` again on two processes",
+    "every parameter is trained; ranks stay identical",
+)
 def test_recovery_trains_all_and_ranks_stay_identical(ranks, folder):
     first, second = of(ranks, "recovery")
     assert first["still"] == second["still"] == []

@@ -125,6 +125,11 @@ def check_moments(module, states, before, plan):
     return fresh
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "optimizers after the pruning",
+    "keep groups, options and the moments of what stays",
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("make", MAKERS)
 def test_moments_are_slices_of_those_before(tmp_path, make, family):
@@ -342,6 +347,9 @@ def saved(tmp_path):
     return module
 
 
+@pytest.mark.event(
+    "Checkpoints", "`trainer.save_checkpoint` right after the pruning", "resumes with its moments"
+)
 def test_f31_a_checkpoint_right_after_pruning_resumes_with_its_moments(saved, tmp_path):
     module = resumed(tmp_path)
     assert decoder_parameters(module.lm) == decoder_parameters(saved.lm)

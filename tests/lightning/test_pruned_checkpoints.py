@@ -44,6 +44,11 @@ def recovered(tmp_path):
     return module, callback
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "`Module.load_from_checkpoint`, whole or weights only, after `follow_checkpoints(self)`",
+    "the pruned model",
+)
 @pytest.mark.parametrize("name", ["whole", "weights"])
 def test_f32_load_from_checkpoint_gives_the_pruned_model(name, recovered, tmp_path):
     module, _ = recovered
@@ -72,6 +77,11 @@ def test_f32_load_from_checkpoint_in_a_fresh_process(recovered, tmp_path):
     assert done.returncode == 0, done.stderr[-1500:]
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "a pruned checkpoint into a dense module, with the callback",
+    "takes the pruned structure",
+)
 def test_f32_the_recovery_resumes_in_a_dense_module_with_the_callback(recovered, tmp_path):
     """No call in the module: the callback follows for it, and does not prune again."""
     module, callback = recovered
@@ -87,6 +97,11 @@ def test_f32_the_recovery_resumes_in_a_dense_module_with_the_callback(recovered,
     assert not dense._load_state_dict_pre_hooks
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "the same without the callback, after `follow_checkpoints(self)`",
+    "takes the pruned structure",
+)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_f32_the_recovery_resumes_in_a_following_module_without_the_callback(recovered, tmp_path):
     module, _ = recovered
@@ -99,6 +114,11 @@ def test_f32_the_recovery_resumes_in_a_following_module_without_the_callback(rec
     }
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "`validate`, `test` with `ckpt_path` of a pruned checkpoint",
+    "run the pruned model",
+)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_f32_validate_and_test_of_a_pruned_checkpoint(recovered, tmp_path):
     dense = Following()
@@ -114,6 +134,11 @@ def test_a_dense_checkpoint_into_a_dense_module_changes_no_structure(tmp_path):
     assert {n: p.shape for n, p in module.named_parameters()} == before
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "a dense checkpoint into a pruned module",
+    "`PlanMismatchError` that says what to do",
+)
 def test_f32_a_dense_checkpoint_into_a_pruned_module_says_what_to_do(recovered):
     module, _ = recovered
     follow_checkpoints(module)
@@ -142,6 +167,9 @@ def test_f32_the_best_checkpoint_of_the_run_is_dense_and_says_so(stage, tmp_path
     assert dense.lm.model.layers[0].mlp.up_proj.out_features == 48
 
 
+@pytest.mark.event(
+    "Checkpoints", "weights of another model", "`PlanMismatchError` that says what differs"
+)
 def test_weights_of_another_model_say_what_differs():
     module = Following()
     for other, words in (
@@ -153,6 +181,11 @@ def test_weights_of_another_model_say_what_differs():
             module.load_state_dict(LM(other).state_dict())
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "the checkpoint of another plan into a dense module",
+    "takes that plan's structure",
+)
 def test_f32_another_plan_is_taken_as_it_is(recovered, tmp_path):
     """A module that was pruned in one way loads what was pruned further."""
     model = tiny_model()

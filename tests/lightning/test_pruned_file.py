@@ -52,6 +52,11 @@ def resume(path, module, *callbacks, epochs=6):
     return one
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "after the pruning",
+    "`pruned.ckpt` lies beside the run's checkpoints and resumes",
+)
 def test_the_pruned_run_resumes_from_its_file_with_the_callback(tmp_path):
     callback, module = pruner(), LM()
     with said() as text:
@@ -69,6 +74,9 @@ def test_the_pruned_run_resumes_from_its_file_with_the_callback(tmp_path):
     assert len(dense.losses) == 2 * (6 - 2)
 
 
+@pytest.mark.event(
+    "Checkpoints", "`pruned.ckpt` in a new process, with and without the callback", "resumes"
+)
 @pytest.mark.parametrize("callback", ["pruner()", ""])
 def test_the_pruned_run_resumes_in_a_fresh_process(callback, tmp_path):
     module = LM()
@@ -133,6 +141,9 @@ def test_weights_only_where_the_run_saves_weights_only(tmp_path):
     assert state_digest(loaded) == state_digest(module)
 
 
+@pytest.mark.event(
+    "Checkpoints", "`pruned.ckpt` cannot be written", "a warning; the model is pruned"
+)
 def test_a_full_disk_is_a_warning(tmp_path, monkeypatch, caplog):
     save_checkpoint = L.Trainer.save_checkpoint
 

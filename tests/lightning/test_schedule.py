@@ -109,6 +109,11 @@ def check(callback, module, dense, ratios=RATIOS):
     assert sizes == {n: p.shape for n, p in again.named_parameters()}
 
 
+@pytest.mark.event(
+    "Schedules",
+    '`when="epoch_end"`, a ratio for each epoch',
+    "pruned between epochs; optimizer and schedule go on",
+)
 def test_stages_follow_the_epochs_and_the_training_goes_on(tmp_path):
     module, callback, sizes = Scheduled(), stages(), Sizes()
     dense = decoder_parameters(module.lm)
@@ -145,6 +150,7 @@ def test_the_last_stage_may_be_when_the_fit_ends(tmp_path):
     assert len(again.losses) == 2 * 2
 
 
+@pytest.mark.event("Schedules", "checkpoints of an epoch", "hold what was validated")
 def test_checkpoints_of_an_epoch_hold_what_was_validated(tmp_path):
     module, callback = Scheduled(), stages()
     save = ModelCheckpoint(tmp_path / "files", save_top_k=-1, filename="{epoch}")
@@ -180,10 +186,14 @@ def halfway(tmp_path):
     return tmp_path
 
 
+@pytest.mark.event("Schedules", "resumed in the middle", "goes on with the next stage")
 def test_a_resume_goes_on_with_the_next_stage(halfway):
     resume_in_the_middle(halfway)
 
 
+@pytest.mark.event(
+    "Schedules", "resumed in the middle, in a new process", "goes on with the next stage"
+)
 def test_a_resume_in_a_fresh_process_goes_on_with_the_next_stage(halfway):
     script = (
         "import sys, torch\n"
@@ -305,6 +315,9 @@ def test_other_ratios_start_from_what_is_there(tmp_path):
     assert abs(1 - decoder_parameters(module.lm) / size - 0.2) <= 0.005
 
 
+@pytest.mark.event(
+    "Schedules", "the run ends early", "the report says which stages were not reached"
+)
 def test_a_run_that_ends_early_says_which_stages_it_did_not_reach(tmp_path):
     module, callback = Scheduled(), stages()
     stop = EarlyStopping("val_loss", mode="max", patience=1)  # it gets better: stop soon
@@ -339,6 +352,9 @@ def test_the_smallest_step_is_taken_as_it_is_written():
     assert stages([0.1, 0.11]).config.pruning_ratio == 0.11  # a difference of 0.00999…
 
 
+@pytest.mark.event(
+    "Schedules", "fewer epochs than stages, or averaging", "refused by name in `setup`"
+)
 def test_what_cannot_work_is_refused_before_the_run(tmp_path):
     module = Scheduled()
     cases = [
@@ -354,6 +370,7 @@ def test_what_cannot_work_is_refused_before_the_run(tmp_path):
     assert module.losses == []
 
 
+@pytest.mark.event("Schedules", "a stage fails", "what the stage before has left")
 def test_a_stage_that_fails_leaves_what_the_one_before_has_left(tmp_path, monkeypatch):
     import lit_prune.pruner as pipeline
 

@@ -36,6 +36,9 @@ def run(folder, module, callback, save, **options):
     return fit(folder, module, callback, save, enable_checkpointing=True, **options)
 
 
+@pytest.mark.event(
+    "Checkpoints", '`weights="best"`', "the best checkpoint's weights and moments are pruned"
+)
 def test_the_best_weights_are_pruned_with_their_moments(tmp_path):
     callback, module, save = pruner(weights="best"), Worse(), saver(tmp_path)
     one = run(tmp_path, module, callback, save)
@@ -93,6 +96,9 @@ def test_the_best_that_is_the_last_is_not_loaded(tmp_path, monkeypatch):
     assert any("are the best by epochs" in text for text in callback.report_.warnings)
 
 
+@pytest.mark.event(
+    "Checkpoints", '`weights="last"`, and the best are others', "the report names the better file"
+)
 def test_last_weights_say_which_file_is_better(tmp_path):
     callback, module, save = pruner(), Worse(), saver(tmp_path)
     run(tmp_path, module, callback, save)
@@ -108,6 +114,7 @@ def test_last_weights_that_are_the_best_say_nothing(tmp_path, last):
     assert not any("best" in text for text in callback.report_.warnings)
 
 
+@pytest.mark.event("Checkpoints", '`weights="best"` without a monitor', "`ConfigError` in `setup`")
 def test_best_without_a_monitor_is_refused_at_once(tmp_path):
     for save in (ModelCheckpoint(tmp_path), None):
         module = LM()
