@@ -14,6 +14,7 @@ from tests.lightning.modules import (
     hooks,
     loader,
     pruner,
+    steady_latency,
     trainer,
 )
 from tests.models import padded_batch, tiny_model
@@ -176,7 +177,8 @@ def test_trainer_without_callback_goes_on_after_pruning(pruned, tmp_path):
     assert metrics[0]["val_loss"] > 0
 
 
-def test_latency_budget_leaves_its_table_in_the_run(tmp_path):
+def test_latency_budget_leaves_its_table_in_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_prune.latency_table.measure_sub_blocks", steady_latency)
     callback = pruner(budget="latency", latency_prompt_tokens=8, latency_new_tokens=2)
     fit(tmp_path, LM(), callback)
     kept = Calibration.load(tmp_path / "pruning" / "calibration.safetensors")

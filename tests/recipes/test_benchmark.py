@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 import benchmark
 
 
+@pytest.mark.slow
 def test_quick_benchmark_prints_every_ratio(run_recipe, tiny_checkpoint, tmp_path):
     file = tmp_path / "found.json"
     arguments = ("--quick", "--threads", 1, "--checkpoint", tiny_checkpoint, "--json", file)
@@ -38,6 +39,7 @@ def test_functions_take_turns():
     assert calls == ["a", "b"] * 3
 
 
+@pytest.mark.slow
 def test_the_cost_of_the_default_preset_is_measured(run_recipe, tmp_path):
     stdout = run_recipe("benchmark_conditional.py", "--quick", cwd=tmp_path)
     found = dict(line.split(": ", 1) for line in stdout.splitlines() if ": " in line)
