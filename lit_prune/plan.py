@@ -248,11 +248,25 @@ class PruningPlan:
                         f"{what} of layer {position} must lie in [0, {size}), got {kept[0]} … "
                         f"{kept[-1]}."
                     )
+            self._refuse_inexact(spec, position, sizes)
         if any(b.attention for b in spec.blocks) and not any(x.kv_groups for x in self.layers):
             raise PlanMismatchError(
                 "plan removes every attention sub-block; without one there is no KV cache to "
                 "count positions by. Keep at least one KV group in one layer."
             )
+
+    def _refuse_inexact(self, spec: DecoderSpec, position: int, sizes: tuple[int, int]) -> None:
+        """Refuse to cut units that the family cannot lose exactly."""
+        refused, layer = dict(spec.refused), self.layers[position]
+        for unit, kept, size in zip(
+            ("kv_group", "channel"), (layer.kv_groups, layer.channels), sizes, strict=True
+        ):
+            if unit in refused and 0 < len(kept) < size:
+                raise PlanMismatchError(
+                    f"layer {position} keeps {len(kept)} of {size} units of granularity {unit!r}, "
+                    f"which {spec.model_type} models cannot lose exactly, as {refused[unit]}. Keep "
+                    "all of them or none."
+                )
 
 
 def _layer_from(position: int, entry: object) -> LayerPlan:

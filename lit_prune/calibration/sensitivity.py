@@ -87,7 +87,9 @@ def measure_sensitivities(
             run = RecordedRun(parts, batch.model_inputs(device))
             dense = parts.final_norm(run.output)
             for (layer, kind), constant in constants.items():
-                hidden = parts.final_norm(run.without(Unit(layer, kind), constant))
+                # what a norm follows leaves nothing
+                stays = constant if parts.post_norm_path(kind) is None else None
+                hidden = parts.final_norm(run.without(Unit(layer, kind), stays))
                 found = _compare(parts, dense[:, :-1][follows], hidden[:, :-1][follows], labels)
                 change = (hidden - dense)[mask].double().square().sum()
                 totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)
