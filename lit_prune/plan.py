@@ -256,16 +256,21 @@ class PruningPlan:
             )
 
     def _refuse_inexact(self, spec: DecoderSpec, position: int, sizes: tuple[int, int]) -> None:
-        """Refuse to cut units that the family cannot lose exactly."""
-        refused, layer = dict(spec.refused), self.layers[position]
-        for unit, kept, size in zip(
-            ("kv_group", "channel"), (layer.kv_groups, layer.channels), sizes, strict=True
-        ):
-            if unit in refused and 0 < len(kept) < size:
+        """Refuse to remove what the family cannot lose exactly."""
+        kept = tuple(map(len, (self.layers[position].kv_groups, self.layers[position].channels)))
+        gone = [not left for left, size in zip(kept, sizes, strict=True) if size]
+        removed = {
+            "block": bool(gone) and all(gone),
+            "sub_block": any(gone) and not all(gone),
+            "kv_group": 0 < kept[0] < sizes[0],
+            "channel": 0 < kept[1] < sizes[1],
+        }
+        for granularity, reason in spec.refused:
+            if removed[granularity]:
                 raise PlanMismatchError(
-                    f"layer {position} keeps {len(kept)} of {size} units of granularity {unit!r}, "
-                    f"which {spec.model_type} models cannot lose exactly, as {refused[unit]}. Keep "
-                    "all of them or none."
+                    f"layer {position} keeps {kept[0]} of {sizes[0]} KV groups and {kept[1]} of "
+                    f"{sizes[1]} channels, which removes a granularity ({granularity!r}) that "
+                    f"{spec.model_type} models cannot lose exactly, as {reason}."
                 )
 
 

@@ -1,5 +1,7 @@
 """Every family passes the contract on a tiny model; what the contract must find, it finds."""
 
+import random
+
 import pytest
 import torch
 from transformers import (
@@ -23,7 +25,9 @@ from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.pruner import prune
 from lit_prune.saving import save_pruned
 from lit_prune.surgery import Compensation, apply_plan, weights_digest
+from lit_prune.surgery.structure import take_structure
 from lit_prune.testing import check_family
+from lit_prune.testing.plans import random_plan
 from tests.models import batches_of, tiny_model, tiny_rows
 from tests.state import counted_forwards, state_digest, unchanged
 
@@ -55,6 +59,7 @@ ODD = {
     "starcoder2": {"sliding_window": 8, "kv_heads": 1, "tie": True},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "kv_heads": 2},
 }  # fmt: skip
+EVERY = ("block", "sub_block", "kv_group", "channel")
 MODEL_FILE = {"llama", "mistral", "qwen2", "qwen3", "granite"}
 WIDTHS = ("qwen2", "stablelm")  # heads are hidden_size / heads wide
 BEHIND_NORMS = {"gemma2", "gemma3_text", "olmo2", "olmo3"}
@@ -75,7 +80,7 @@ def passes(model):
     assert state_digest(model) == before
     family = model.config.model_type
     refused = {"kv_group"} if family in ("olmo2", "olmo3") else set()
-    assert set(found.granularities) == {"block", "sub_block", "kv_group", "channel"} - refused
+    assert set(found.granularities) == set(EVERY) - refused
     assert set(found.refused) == refused
     assert found.constants == (family not in BEHIND_NORMS)
     assert (found.formats["heterogeneous"] == "held") == (family in MODEL_FILE)
@@ -132,7 +137,7 @@ def test_a_family_of_ones_own_passes_the_contract_once_it_is_declared(registered
         spec_for(model)
     registered(Family(model_type="own_llama"))
     found = check_family(model)
-    assert found.granularities == ("block", "sub_block", "kv_group", "channel")
+    assert found.granularities == EVERY
     assert {reason.startswith("held") for reason in found.formats.values()} == {False}
     with pytest.raises(FormatError, match="what the class of 'own_llama' can hold is not known"):
         save_pruned(model, tmp_path / "own", format="stock", verify=False)
@@ -249,7 +254,10 @@ def test_a_plan_of_a_refused_granularity_is_refused():
     all_channels = tuple(range(48))
     layers = (LayerPlan(0, (1,), all_channels), LayerPlan(1, (0, 1), all_channels))
     plan = PruningPlan(spec_for(model).fingerprint, layers)
-    with unchanged(model), pytest.raises(PlanMismatchError, match="keeps 1 of 2 units"):
+    with (
+        unchanged(model),
+        pytest.raises(PlanMismatchError, match="keeps 1 of 2 KV groups.*span all heads"),
+    ):
         apply_plan(model, plan)
 
 
@@ -289,6 +297,41 @@ def test_the_fit_behind_the_prefix_aims_at_what_a_projection_makes(family):
                     wanted = parts.output(layer, kind)(inputs)
                     assert (target - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (layer, kind)
                 batch.follow(parts, layer)
+
+
+@pytest.mark.parametrize("family", ODD)
+def test_a_dense_model_takes_the_structure_of_a_pruned_one(family):
+    options = {**ODD[family], "layers": 4}
+    model, dense = (tiny_model(family, **options) for _ in range(2))
+    spec = spec_for(model)
+    plan = random_plan(
+        spec, random.Random(1), set(EVERY) - {"block"} - {g for g, _ in spec.refused}
+    )
+    apply_plan(model, plan)
+    assert take_structure(dense, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    dense.load_state_dict(model.state_dict())
+    ids = tiny_rows(1)[0][None]
+    assert torch.equal(dense(ids).logits, model(ids).logits)
+
+
+def test_layers_that_differ_in_more_than_their_weights_do_not_leave_unnamed():
+    """Layers with and without rotary positions: shapes do not say which of them went."""
+    options = {"no_rope_layers": [1, 0, 1, 0]}
+    model, dense = (tiny_model("smollm3", **options) for _ in range(2))
+    spec = spec_for(model)
+    apply_plan(model, random_plan(spec, random.Random(0), {"block"}))
+    assert model.config.no_rope_layers == [layer.self_attn.use_rope for layer in model.model.layers]
+    with unchanged(dense), pytest.raises(PlanMismatchError, match="do not say which"):
+        take_structure(dense, {n: tuple(p.shape) for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("granularity", ["block", "sub_block", "channel"])
+def test_whatever_a_family_refuses_no_plan_removes(registered, granularity):
+    registered(Family(model_type="own_llama", refuses={granularity: "its author says so"}))
+    model = own_model()
+    found = check_family(model)
+    assert found.refused == {granularity: "its author says so"}
+    assert f"{granularity} refused" in found.checks
 
 
 def test_a_constant_behind_which_a_norm_follows_is_refused():

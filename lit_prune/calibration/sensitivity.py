@@ -40,7 +40,8 @@ def measure_sensitivities(
     """Replace each sub-block by its mean output, one at a time, and compare with the whole model.
 
     The mean stays in place, as compensation will leave it: what is measured is the loss of what a
-    sub-block says about *this* token, not of a constant that costs nothing to keep.
+    sub-block says about *this* token, not of a constant that costs nothing to keep. Where a norm
+    follows a sub-block, nothing stays.
 
     Args:
         model: The language model, on the device where it shall run. It is left as it was.

@@ -101,7 +101,10 @@ def measure_sub_blocks(
         for places in shapes.values():
             calls = recorded[places[0]]
             rows = []
-            for count in ladder(units[places[0]]):
+            whole = units[places[0]]
+            unit = "kv_group" if places[0][1] == "attention" else "channel"
+            # what the family cannot lose is not tried either
+            for count in (whole,) if unit in dict(spec.refused) else ladder(whole):
                 twins = _twins(parts, places[0], count, len(places))
                 runs = [calls.time(twins, clock) for _ in range(warmup + repetitions)]
                 rows.append((float(count), median(runs[warmup:])))

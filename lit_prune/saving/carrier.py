@@ -53,7 +53,7 @@ _BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
     "llama": Target(flags=_BOTH, divisor=True),
     "mistral": Target(),
-    "ministral": Target(),
+    "ministral": Target(unlike="windows that differ between layers"),
     "qwen2": Target(always=_QKV),
     "qwen3": Target(flags=_ONLY_ATTENTION, unlike="norms over queries and keys"),
     "granite": Target(flags=_BOTH),

@@ -1,4 +1,4 @@
-"""The contract of a decoder family, for everybody: run it on a tiny model of your own family."""
+"""One test that every decoder family passes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from lit_prune.errors import (
     PlanMismatchError,
     UnsupportedModelError,
 )
-from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.pruner import prune
 from lit_prune.saving import load_pruned, save_pruned
 from lit_prune.surgery import apply_plan, masked, mean_compensation
+from lit_prune.testing.plans import random_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel
+
+    from lit_prune.plan import PruningPlan
 
 # Difference of logits that counts as none, as a fraction of the largest logit.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -100,6 +102,7 @@ def check_family(model: PreTrainedModel, *, ratio: float = 0.3, seed: int = 0) -
     case.refusals()
     for name, plan in case.plans():
         case.surgery(name, plan)
+    case.again()
     formats = case.formats(ratio)
     spec = case.spec
     return FamilyContract(
@@ -160,7 +163,7 @@ class _Case:
     def refusals(self) -> None:
         """A plan of a refused granularity is refused, whoever made it."""
         for name, _ in self.spec.refused:
-            plan = self._cut({name})
+            plan = random_plan(self.spec, self.rng, {name})
             if plan is None:
                 continue
             try:
@@ -173,10 +176,10 @@ class _Case:
     def plans(self) -> Iterator[tuple[str, PruningPlan]]:
         """Yield random plans: of each granularity alone, and of all together."""
         for name in self.granularities:
-            if (plan := self._cut({name})) is not None:
+            if (plan := random_plan(self.spec, self.rng, {name})) is not None:
                 yield name, plan
         for number in range(3):
-            if (plan := self._cut(set(self.granularities))) is not None:
+            if (plan := random_plan(self.spec, self.rng, set(self.granularities))) is not None:
                 yield f"all together, {number}", plan
 
     def surgery(self, name: str, plan: PruningPlan) -> None:
@@ -198,6 +201,17 @@ class _Case:
             self._generates(model, what)
             self._trains(model, what)
         self.done.append(f"surgery: {name}")
+
+    def again(self) -> None:
+        """A pruned model is described by its weights, and can be pruned again."""
+        model = copy.deepcopy(self.model)
+        plan = random_plan(self.spec, self.rng, set(self.granularities) - {"block"})
+        if plan is not None:
+            twice = _Case(apply_plan(model, plan, verify=False), self.rng)
+            twice.sizes()
+            if (plan := random_plan(twice.spec, self.rng, set(self.granularities))) is not None:
+                twice.surgery("a second time", plan)
+            self.done.append("pruned again")
 
     def pruned(self, ratio: float, **options: Any) -> PreTrainedModel:
         """Return a copy pruned as a user would."""
@@ -265,30 +279,6 @@ class _Case:
 
     # ---- how ----
 
-    def _cut(self, allowed: set[str]) -> PruningPlan | None:
-        """Return a random plan that removes these; None where there is nothing to remove."""
-        layers = []
-        blocks = self.spec.blocks
-        attends = self.rng.randrange(len(blocks))  # one attention stays
-        gone = self.rng.choice([b.index for b in blocks if b.index != attends])
-        for block in blocks:
-            kept = {}
-            for part in block.sub_blocks:
-                units = range(part.num_units)
-                unit = "kv_group" if part.kind == "attention" else "channel"
-                stays = block.index == attends and part.kind == "attention"
-                leaves = "sub_block" in allowed and not stays and self.rng.random() < 0.4
-                if leaves or ("block" in allowed and block.index == gone):
-                    units = range(0)
-                elif unit in allowed and part.num_units > 1:
-                    count = self.rng.randrange(1, part.num_units)
-                    kept[part.kind] = tuple(sorted(self.rng.sample(units, count)))
-                    continue
-                kept[part.kind] = tuple(units)
-            layers.append(LayerPlan(block.index, kept.get("attention", ()), kept.get("mlp", ())))
-        plan = PruningPlan(self.spec.fingerprint, tuple(layers))
-        return None if plan == PruningPlan.keep_all(self.spec) else plan
-
     def _logits(self, model: PreTrainedModel) -> Tensor:
         with torch.no_grad():
             logits: Tensor = model(input_ids=self.ids[:3], use_cache=False).logits
@@ -298,8 +288,9 @@ class _Case:
         ids, mask = self.ids[:3].clone(), torch.ones_like(self.ids[:3])
         for row, padding in enumerate((0, 3, 7)):  # on the left
             ids[row, :padding], mask[row, :padding] = 0, 0
+        generate: Any = model.generate
         generate = partial(
-            model.generate, input_ids=ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS,
+            generate, input_ids=ids, attention_mask=mask, max_new_tokens=_NEW_TOKENS,
             min_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0,
         )  # fmt: skip
         self._need(
