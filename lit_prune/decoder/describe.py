@@ -266,10 +266,13 @@ def _describe_mlp(parts: DecoderParts, index: int, fixed: int) -> MlpSpec:
     name = f"{parts.family.layers}.{index}.{parts.family.mlp}"
     rows = {linear.weight.shape[0] for linear in inputs}
     if rows != {channels} or channels == 0 or not _joins_stream(parts, index, "mlp"):
-        shapes = ", ".join(str(list(linear.weight.shape)) for linear in inputs)
+        paths = (*parts.family.inputs("mlp"), parts.family.output("mlp"))
+        shapes = ", ".join(
+            f"{path} {list(linear.weight.shape)}"
+            for path, linear in zip(paths, (*inputs, down), strict=True)
+        )
         raise UnsupportedModelError(
-            f"{name} contradicts itself: {' and '.join(parts.family.inputs('mlp'))} {shapes}, "
-            f"{parts.family.mlp_output} {list(down.weight.shape)}, hidden size {parts.hidden_size}."
+            f"{name} contradicts itself: {shapes}, hidden size {parts.hidden_size}."
         )
     return MlpSpec(
         name=name,

@@ -120,7 +120,10 @@ def _blocked(
 ) -> str | None:
     """Say why a stock class cannot hold this decoder, or return None."""
     if target not in TARGETS:
-        return f"what the class of {target!r} can hold is not known to lit_prune"
+        return (
+            f"what the class of {target!r} can hold is not known to lit_prune (apply_plan makes "
+            "the model again from the dense one, its plan and its compensation)"
+        )
     can, class_name = TARGETS[target], stock_classes(target)[1].__name__
     if len(dtypes := dtypes_of(model)) > 1:
         words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_prune.decoder.families import family_name
 from lit_prune.errors import ConfigError, FormatError, did_you_mean
+from lit_prune.saving.carrier import TARGETS
 from lit_prune.saving.gguf import gguf
 from lit_prune.saving.heterogeneous import heterogeneous
 from lit_prune.saving.models import HELD
@@ -89,6 +90,6 @@ def _instead(model: PreTrainedModel, refused: str) -> str | None:
             return None
     if can_pad(model):
         words.append("padded (with zeros)")
-    elif family_name(model.config.model_type) not in HELD:
+    elif family_name(model.config.model_type) in TARGETS.keys() - set(HELD):
         words.append("padded, of a model that was pruned with add_biases=False")
     return ", ".join(word for word in words if not word.startswith(f"{refused} ")) or None

@@ -542,7 +542,10 @@ REFUSED = [
     (shared_weight, "layer 1.mlp.up_proj.weight is the same object as layer 0.mlp.up_proj"),
     (extra_parameter, r"layer 1 holds the parameter mlp\.scale, which the llama entry"),
     (uneven_heads, r"layers\.1\.self_attn contradicts itself: q \[24, 32\]"),  # F10, F27
-    (torn_mlp, r"layers\.1\.mlp contradicts itself: gate \[48, 32\], up \[40, 32\]"),
+    (
+        torn_mlp,
+        r"layers\.1\.mlp contradicts itself: .*gate_proj \[48, 32\], .*up_proj \[40, 32\]",
+    ),
 ]
 
 
