@@ -62,6 +62,10 @@ class ArtifactError(LitPruneError, OSError):
     """A file or directory that is missing, incomplete, hostile, or in the way."""
 
 
+class ContractError(LitPruneError, AssertionError):
+    """A decoder family that does not compute what its entry says; raised by `check_family`."""
+
+
 class RankError(LitPruneError, RuntimeError):
     """A process of several that failed, ended, or holds something else than the others."""
 

@@ -248,11 +248,30 @@ class PruningPlan:
                         f"{what} of layer {position} must lie in [0, {size}), got {kept[0]} … "
                         f"{kept[-1]}."
                     )
+            self._refuse_inexact(spec, position, sizes)
         if any(b.attention for b in spec.blocks) and not any(x.kv_groups for x in self.layers):
             raise PlanMismatchError(
                 "plan removes every attention sub-block; without one there is no KV cache to "
                 "count positions by. Keep at least one KV group in one layer."
             )
+
+    def _refuse_inexact(self, spec: DecoderSpec, position: int, sizes: tuple[int, int]) -> None:
+        """Refuse to remove what the family cannot lose exactly."""
+        kept = tuple(map(len, (self.layers[position].kv_groups, self.layers[position].channels)))
+        gone = [not left for left, size in zip(kept, sizes, strict=True) if size]
+        removed = {
+            "block": bool(gone) and all(gone),
+            "sub_block": any(gone) and not all(gone),
+            "kv_group": 0 < kept[0] < sizes[0],
+            "channel": 0 < kept[1] < sizes[1],
+        }
+        for granularity, reason in spec.refused:
+            if removed[granularity]:
+                raise PlanMismatchError(
+                    f"layer {position} keeps {kept[0]} of {sizes[0]} KV groups and {kept[1]} of "
+                    f"{sizes[1]} channels, which removes a granularity ({granularity!r}) that "
+                    f"{spec.model_type} models cannot lose exactly, as {reason}."
+                )
 
 
 def _layer_from(position: int, entry: object) -> LayerPlan:

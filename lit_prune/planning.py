@@ -89,6 +89,7 @@ def make_plan(
     _check_calibration(model, weights, calibration, config)
     cost = cost_of(model, config, calibration.latency)
     budget = make_budget(spec, config, cost)
+    config = budget.config
     memory = {} if judged is None else judged
     table = table_words(model, calibration) if config.budget == "latency" else ()
     solved: dict[SubBlock, dict[tuple[int, ...], Solved]] = {}
@@ -142,7 +143,7 @@ def make_plan(
             "dense": cost.total,
             "removed": budget.removed(decision.counts),
             "removed_parameters": budget.removed_parameters(decision.counts),
-            "notes": [*cost.notes, *table],
+            "notes": [*budget.notes, *cost.notes, *table],
         },
         "method": decision.trace,
         "compensation": describe(compensation),

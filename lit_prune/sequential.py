@@ -114,6 +114,9 @@ def sequential_compensation(
     ``t = s - h``, the weights are fitted to it (`affine_refit`), and a constant brings the mean
     right. A sub-block that goes whole leaves the mean of its target. One that keeps all its units,
     behind a cut, is fitted without a constant: no parameter is added where nothing is removed.
+    Where a family scales what it adds to the stream, so is the target. Where a norm follows a
+    sub-block, the target is what the dense model's projection makes, and one that goes whole leaves
+    nothing.
 
     Costs about three forwards over the calibrate and the choose side, one layer at a time; memory:
     one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and three hidden
@@ -139,6 +142,7 @@ def sequential_compensation(
     """
     spec, parts = spec_for(model), DecoderParts(model)
     plan.validate(spec)
+    constants = removed_mean == "add" and add_biases and spec.removed_constants
     made = Compensation({}, plan.digest, weights or weights_digest(model), {}, {})
     refused: list[str] = []
     changed = False
@@ -161,7 +165,7 @@ def sequential_compensation(
                 if (
                     not changed  # both streams are the same so far
                     or block.index in protected_layers
-                    or (not kept and (removed_mean == "drop" or not add_biases))
+                    or (not kept and not constants)
                 ):
                     continue
                 columns = unit_columns(kept, part.unit_width)
@@ -190,8 +194,7 @@ def _moments(
     bias = parts.output(*place).bias
     metric: ChannelCovariance | None = None
     for number, batch in enumerate(batches):
-        inputs, stream = batch.enters(parts, place)
-        target = batch.goal(place[1]) - stream
+        inputs, target = batch.enters(parts, place)
         if len(columns) and bias is not None:  # it stays where it is
             target = target - bias
         both = torch.cat([inputs[..., columns.to(inputs.device)], target], -1)[batch.mask]

@@ -1,7 +1,14 @@
 """Tiny random models of every supported family, made on the spot; nothing is downloaded."""
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 CONFIGS = {
     "llama": LlamaConfig,
@@ -27,7 +34,8 @@ def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **ove
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = CONFIGS[family](**{**options, **overrides})
+    # families beside these four are seen in `tests/test_testing.py`, by the contract
+    config = CONFIGS.get(family, CONFIG_MAPPING[family])(**{**options, **overrides})
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()

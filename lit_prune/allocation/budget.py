@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lit_prune.allocation.alike import alike_choice
@@ -11,7 +11,7 @@ from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.allocation.uniform import uniform_choice, uniform_choices
 from lit_prune.config import RATIO_TOLERANCE
 from lit_prune.decoder import AttentionSpec, MlpSpec, SubBlock, all_kept, remainder, spec_for
-from lit_prune.errors import BudgetError, ConfigError
+from lit_prune.errors import BudgetError, ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,11 +30,12 @@ class Budget:
 
     Attributes:
         spec: The decoder.
-        config: The request.
+        config: The request, as far as the model's family allows it.
         channel_multiple: Kept channel counts are multiples of it, or all.
         allowed: Unit counts that each sub-block may keep, ascending; 0 where it may be removed
             whole.
         cost: What unit counts cost in the resource of the request.
+        notes: What the model's family made of the request, in words.
     """
 
     spec: DecoderSpec
@@ -42,6 +43,7 @@ class Budget:
     channel_multiple: int
     allowed: dict[SubBlock, tuple[int, ...]]
     cost: Cost
+    notes: tuple[str, ...] = ()
 
     @property
     def target(self) -> float:
@@ -105,11 +107,13 @@ def refuse_impossible(model: PreTrainedModel, config: PruningConfig) -> None:
     Everything is, but for a budget in latency: its ratios are known when its table was measured.
 
     Raises:
+        UnsupportedModelError: If the family can lose nothing of what the request allows.
         ConfigError: If a protected layer does not exist, or everything is protected.
         BudgetError: If the ratio cannot be reached; names what can.
     """
     spec = spec_for(model)
     if config.budget == "latency":
+        within_family(spec, config)
         _check_layers(spec, config)
     else:
         make_budget(spec, config, cost_of(model, config))
@@ -124,6 +128,7 @@ def make_budget(spec: DecoderSpec, config: PruningConfig, cost: Cost | None = No
         cost: What unit counts cost in the resource of the request (`cost_of`); None: parameters.
 
     Raises:
+        UnsupportedModelError: If the family can lose nothing of what the request allows.
         ConfigError: If a protected layer does not exist, or everything is protected.
         BudgetError: If the ratio cannot be reached; names what can.
 
@@ -139,15 +144,49 @@ def make_budget(spec: DecoderSpec, config: PruningConfig, cost: Cost | None = No
         Traceback (most recent call last):
         lit_prune.errors.BudgetError: pruning_ratio 0.3 of the decoder parameters cannot be...
     """
+    config, notes = within_family(spec, config)
     _check_layers(spec, config)
     cost = cost or parameter_cost(spec)
     if cost.resource != config.budget:
         raise ConfigError(f"budget is {config.budget!r}, the cost is of {cost.resource!r}.")
     multiple = config.channel_multiple or _auto_multiple(spec, config, cost)
-    budget = Budget(spec, config, multiple, _allowed(spec, config, multiple), cost)
+    budget = Budget(spec, config, multiple, _allowed(spec, config, multiple), cost, notes)
     if config.pruning_ratio:
         _refuse_unreachable(budget)
     return budget
+
+
+def within_family(
+    spec: DecoderSpec, config: PruningConfig
+) -> tuple[PruningConfig, tuple[str, ...]]:
+    """Leave out of a request what the model's family cannot lose exactly.
+
+    Returns:
+        The request that is left, and what the report says about the rest.
+
+    Raises:
+        UnsupportedModelError: If nothing is left.
+    """
+    refused = {g: why for g, why in spec.refused if g in config.granularities}
+    left = tuple(g for g in config.granularities if g not in refused)
+    notes = [
+        f"granularity {g!r} was left out: {spec.model_type} models cannot lose it exactly, as {why}"
+        for g, why in refused.items()
+    ]
+    if not left:
+        raise UnsupportedModelError(
+            f"granularities {list(config.granularities)}: {spec.model_type} models cannot lose "
+            f"them exactly, as {next(iter(refused.values()))}. Allow others."
+        )
+    whole = {"block", "sub_block"} & set(left)
+    if not spec.removed_constants and config.adds_constants and config.removed_mean == "add":
+        config = replace(config, removed_mean="drop")
+        if whole:
+            notes.append(
+                "no constant stands in for a sub-block that goes whole (removed_mean 'drop'): in "
+                f"{spec.model_type} models a norm follows every sub-block, which it would pass"
+            )
+    return replace(config, granularities=left) if refused else config, tuple(notes)
 
 
 def _check_layers(spec: DecoderSpec, config: PruningConfig) -> None:

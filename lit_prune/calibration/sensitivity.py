@@ -40,7 +40,8 @@ def measure_sensitivities(
     """Replace each sub-block by its mean output, one at a time, and compare with the whole model.
 
     The mean stays in place, as compensation will leave it: what is measured is the loss of what a
-    sub-block says about *this* token, not of a constant that costs nothing to keep.
+    sub-block says about *this* token, not of a constant that costs nothing to keep. Where a norm
+    follows a sub-block, nothing stays.
 
     Args:
         model: The language model, on the device where it shall run. It is left as it was.
@@ -87,7 +88,9 @@ def measure_sensitivities(
             run = RecordedRun(parts, batch.model_inputs(device))
             dense = parts.final_norm(run.output)
             for (layer, kind), constant in constants.items():
-                hidden = parts.final_norm(run.without(Unit(layer, kind), constant))
+                # what a norm follows leaves nothing
+                stays = constant if parts.post_norm_path(kind) is None else None
+                hidden = parts.final_norm(run.without(Unit(layer, kind), stays))
                 found = _compare(parts, dense[:, :-1][follows], hidden[:, :-1][follows], labels)
                 change = (hidden - dense)[mask].double().square().sum()
                 totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)

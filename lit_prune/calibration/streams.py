@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.calibration.shelf import Shelf, shelves
+from lit_prune.decoder import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
-    from lit_prune.decoder import DecoderParts, SubBlock, SubBlockKind
+    from lit_prune.decoder import DecoderParts, SubBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,8 @@ class TwoStreams:
         arguments: What each layer is told beside its hidden state.
         shelf: Residual streams, ``[batch, tokens, hidden_size]`` each: ``dense`` and ``pruned``
             behind the last layer that either went through, and ``middle``, behind the attention
-            of the last layer that the dense one went through.
+            of the last layer that the dense one went through. Where a norm follows a sub-block,
+            ``attention`` and ``mlp``: what the dense one handed to it.
     """
 
     mask: Tensor
@@ -40,22 +42,36 @@ class TwoStreams:
 
     def lead(self, parts: DecoderParts, layer: int) -> None:
         """Take the dense model through a layer."""
-        with _inputs_of(parts.layers[layer].get_submodule(parts.norm_path("mlp"))) as middle:
+        watched = {
+            name: parts.layers[layer].get_submodule(path) for name, path in _watched(parts).items()
+        }
+        with ExitStack() as hooks:
+            seen = {name: hooks.enter_context(_inputs_of(m)) for name, m in watched.items()}
             self.shelf["dense"] = self._run(parts, layer, self.shelf["dense"])
-        self.shelf["middle"] = middle[0]
-
-    def goal(self, kind: SubBlockKind) -> Tensor:
-        """Return what the dense model's stream holds behind a sub-block of the layer it led."""
-        return self.shelf["dense" if kind == "mlp" else "middle"]
+        for name, found in seen.items():
+            self.shelf[name] = found[0]
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
-        """Return what the output projection of a sub-block gets in the pruned model, and the stream
-        that it will add to. The layer is run as it is now, up to there: hooks of the caller count.
+        """Return what the output projection of a sub-block gets in the pruned model, and what it
+        should make of it: what takes the stream to where the dense model's is behind the layer's
+        sub-block. Where a norm follows, that is not linear in it: what the dense one makes.
+
+        The layer is run as it is now, up to there: hooks of the caller count.
         """  # noqa: D205 - one sentence
-        norm = parts.layers[place[0]].get_submodule(parts.norm_path(place[1]))
-        with _inputs_of(norm) as stream, _inputs_of(parts.output(*place), last=True) as inputs:
-            self._run(parts, place[0], self.shelf["pruned"])
-        return inputs[0], stream[0]
+        layer, kind = place
+        with ExitStack() as hooks:
+            stream = None
+            if kind not in _watched(parts):
+                norm = parts.norm_path(kind)
+                assert norm is not None  # noqa: S101 - `Family` has one norm or the other
+                stream = hooks.enter_context(_inputs_of(parts.layers[layer].get_submodule(norm)))
+            # left first: it ends the forward
+            inputs = hooks.enter_context(_inputs_of(parts.output(*place), last=True))
+            self._run(parts, layer, self.shelf["pruned"])
+        if stream is None:
+            return inputs[0], self.shelf[kind]
+        goal = self.shelf["dense" if kind == "mlp" else "middle"]
+        return inputs[0], (goal - stream[0]) / parts.residual_scale
 
     def follow(self, parts: DecoderParts, layer: int) -> None:
         """Take the pruned model through a layer, as that is now."""
@@ -65,6 +81,17 @@ class TwoStreams:
         output = parts.layers[layer](hidden, **self.arguments[layer])
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
+
+
+def _watched(parts: DecoderParts) -> dict[str, str]:
+    """Return the norms of a layer whose inputs are kept, by what they are kept as."""
+    found: dict[str, str] = {}
+    after = {kind: parts.post_norm_path(kind) for kind in KINDS}
+    found |= {kind: path for kind, path in after.items() if path is not None}
+    middle = parts.norm_path("mlp")
+    if after["attention"] is None and middle is not None:
+        found["middle"] = middle
+    return found
 
 
 @contextmanager
@@ -85,7 +112,7 @@ def two_streams(
     padded = sum(
         batch.attention_mask.numel() for side in sides for batch in rows.batches(side, batch_tokens)
     )
-    expected = 3 * padded * parts.hidden_size * first.element_size()
+    expected = (2 + len(_watched(parts))) * padded * parts.hidden_size * first.element_size()
     weights = sum(parameter.nbytes for parameter in parts.model.parameters())
     with shelves(expected, weights, first.device) as new_shelf:
         found: dict[Side, list[TwoStreams]] = {side: [] for side in sides}

@@ -2,7 +2,7 @@
 
 from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.describe import fingerprint, spec_for
-from lit_prune.decoder.families import FAMILIES, Family, family_of
+from lit_prune.decoder.families import FAMILIES, Family, family_of, register_family
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.prices import Price, constant_bytes, unit_prices
@@ -38,6 +38,7 @@ __all__ = [
     "find_causal_lm",
     "fingerprint",
     "quiet",
+    "register_family",
     "remainder",
     "spec_for",
     "unit_prices",

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lit_prune.decoder.families import family_name
+from lit_prune.decoder.missing import refuse_missing_parts
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.spec import (
     KINDS,
@@ -50,6 +51,7 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
     """
     refuse_altered_weights(model)
     parts = DecoderParts(model)
+    refuse_missing_parts(parts)
     refuse_shared_parts(parts)
     blocks = tuple(_describe_block(parts, index) for index in range(len(parts.layers)))
     return DecoderSpec(
@@ -58,6 +60,8 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         blocks=blocks,
         total_parameters=sum(p.numel() for p in model.parameters()),
         fingerprint=fingerprint(model),
+        refused=tuple(sorted(parts.family.refuses.items())),
+        removed_constants=not any(parts.post_norm_path(kind) for kind in KINDS),
     )
 
 
@@ -186,16 +190,13 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
 
 def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> list[str]:
     family, layer = parts.family, parts.layers[index]
-    paths = (
-        (family.query, family.key, family.value, family.attention_output)
-        if kind == "attention"
-        else (family.gate, family.up, family.mlp_output)
-    )
     names = [
-        f"{parts.norm_path(kind)}.weight",
-        *(family.attention_extras if kind == "attention" else ()),
+        f"{path}.{name}"
+        for path in parts.norm_paths(kind)
+        for name, _ in layer.get_submodule(path).named_parameters()
     ]
-    for path in paths:
+    names += family.attention_extras if kind == "attention" else ()
+    for path in (*family.inputs(kind), family.output(kind)):
         linear = layer.get_submodule(path)
         if not isinstance(linear, nn.Linear) or linear.weight.ndim != 2:
             raise UnsupportedModelError(
@@ -211,11 +212,7 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
 def _owned_by_units(parts: DecoderParts, kind: SubBlockKind, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     family = parts.family
-    if kind == "attention":
-        return path in (family.query, family.key, family.value) or (
-            path == family.attention_output and leaf == "weight"
-        )
-    return path in (family.gate, family.up) or (path == family.mlp_output and leaf == "weight")
+    return path in family.inputs(kind) or (path == family.output(kind) and leaf == "weight")
 
 
 def _unit_parameters(parts: DecoderParts, index: int, kind: SubBlockKind, units: int) -> int:
@@ -236,6 +233,7 @@ def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> Attentio
         and value.weight.shape[0] == key.weight.shape[0]
         and output.weight.shape[1] == query.weight.shape[0]
         and heads == groups * queries_per_group
+        and _joins_stream(parts, index, "attention")
     )
     name = f"{parts.family.layers}.{index}.{parts.family.attention}"
     if not consistent:
@@ -243,7 +241,7 @@ def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> Attentio
             f"{name} contradicts itself: q {list(query.weight.shape)}, k "
             f"{list(key.weight.shape)}, v {list(value.weight.shape)}, o "
             f"{list(output.weight.shape)}, head_dim {head_dim}, {queries_per_group} "
-            "query heads per KV group."
+            f"query heads per KV group, hidden size {parts.hidden_size}."
         )
     return AttentionSpec(
         name=name,
@@ -256,15 +254,25 @@ def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> Attentio
     )
 
 
+def _joins_stream(parts: DecoderParts, index: int, kind: SubBlockKind) -> bool:
+    """Return whether a sub-block reads and writes vectors as wide as the residual stream."""
+    read = {linear.weight.shape[1] for linear in parts.inputs(index, kind)}
+    return read == {parts.hidden_size} == {parts.output(index, kind).weight.shape[0]}
+
+
 def _describe_mlp(parts: DecoderParts, index: int, fixed: int) -> MlpSpec:
-    gate, up = parts.inputs(index, "mlp")
-    down = parts.output(index, "mlp")
+    inputs, down = parts.inputs(index, "mlp"), parts.output(index, "mlp")
     channels = down.weight.shape[1]
     name = f"{parts.family.layers}.{index}.{parts.family.mlp}"
-    if not gate.weight.shape[0] == up.weight.shape[0] == channels or channels == 0:
+    rows = {linear.weight.shape[0] for linear in inputs}
+    if rows != {channels} or channels == 0 or not _joins_stream(parts, index, "mlp"):
+        paths = (*parts.family.inputs("mlp"), parts.family.output("mlp"))
+        shapes = ", ".join(
+            f"{path} {list(linear.weight.shape)}"
+            for path, linear in zip(paths, (*inputs, down), strict=True)
+        )
         raise UnsupportedModelError(
-            f"{name} contradicts itself: gate {list(gate.weight.shape)}, up "
-            f"{list(up.weight.shape)}, down {list(down.weight.shape)}."
+            f"{name} contradicts itself: {shapes}, hidden size {parts.hidden_size}."
         )
     return MlpSpec(
         name=name,

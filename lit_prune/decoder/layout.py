@@ -37,9 +37,14 @@ class MlpLayout:
 
 @dataclass(frozen=True, slots=True)
 class RemovedLayout:
-    """A removed sub-block; ``constant`` where its mean output stands in for it."""
+    """A removed sub-block; ``constant`` where its mean output stands in for it.
+
+    ``output`` names the projection that would hold that constant, where the family calls it neither
+    ``o_proj`` nor ``down_proj``.
+    """
 
     constant: bool
+    output: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class LayerLayout:
             if not isinstance(part, RemovedLayout):
                 names += part.biases
             elif part.constant:
-                names += (output,)
+                names += (part.output or output,)
         return names
 
     def to_config(self) -> dict[str, Any]:
@@ -141,9 +146,7 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def projections(family: Family, kind: SubBlockKind) -> tuple[str, ...]:
     """Return the paths of the projections of a sub-block in its layer, the output last."""
-    if kind == "attention":
-        return (family.query, family.key, family.value, family.attention_output)
-    return (family.gate, family.up, family.mlp_output)
+    return (*family.inputs(kind), family.output(kind))
 
 
 def _sub_block(
@@ -151,7 +154,9 @@ def _sub_block(
 ) -> AttentionLayout | MlpLayout | RemovedLayout:
     module: Any = parts.sub_block(index, kind)
     if not parts.exists(index, kind):
-        return RemovedLayout(constant=module.bias is not None)
+        output = parts.family.output(kind).rpartition(".")[2]
+        usual = output in ("o_proj", "down_proj")
+        return RemovedLayout(module.bias is not None, None if usual else output)
     linears: dict[str, nn.Module] = {
         path.rpartition(".")[2]: parts.layers[index].get_submodule(path)
         for path in projections(parts.family, kind)

@@ -57,9 +57,36 @@ class DecoderParts:
         """Return the path of a sub-block inside its layer."""
         return self.family.attention if kind == "attention" else self.family.mlp
 
-    def norm_path(self, kind: SubBlockKind) -> str:
+    def norm_path(self, kind: SubBlockKind) -> str | None:
         """Return the path of the norm in front of a sub-block, inside its layer."""
         return self.family.attention_norm if kind == "attention" else self.family.mlp_norm
+
+    def post_norm_path(self, kind: SubBlockKind) -> str | None:
+        """Return the path of the norm over what a sub-block writes, inside its layer."""
+        family = self.family
+        return family.attention_post_norm if kind == "attention" else family.mlp_post_norm
+
+    def norm_paths(self, kind: SubBlockKind) -> tuple[str, ...]:
+        """Return the paths of the norms that leave with a sub-block, inside its layer."""
+        return self.family.norms(kind)
+
+    @property
+    def residual_scale(self) -> float:
+        """What is multiplied with the output of a sub-block before it is added to the stream."""
+        name = self.family.residual_scale
+        return 1.0 if name is None else float(getattr(self.model.config, name))
+
+    def head_counts(self, layer: int, groups: int) -> dict[str, int]:
+        """Return the attributes of an attention that say so, if it has ``groups`` KV groups."""
+        if self.family.head_counts is None:
+            return {}
+        queries, keys = self.family.head_counts
+        return {queries: groups * self.head_shape(layer)[1], keys: groups}
+
+    def per_layer(self, layer: int) -> tuple[object, ...]:
+        """Return what the config says of one layer, beside the type of its attention."""
+        lists = (getattr(self.model.config, name, None) for name in self.family.per_layer)
+        return tuple(None if values is None else values[layer] for values in lists)
 
     def sub_block(self, layer: int, kind: SubBlockKind) -> nn.Module:
         """Return the attention or MLP of a layer (a constant where it was removed)."""
@@ -70,25 +97,16 @@ class DecoderParts:
         return not is_constant(self.sub_block(layer, kind))
 
     def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
-        """Return the projections whose *rows* belong to units: q, k, v or gate, up."""
-        family = self.family
-        paths = (
-            (family.query, family.key, family.value)
-            if kind == "attention"
-            else (family.gate, family.up)
-        )
-        return tuple(self._linear(layer, path) for path in paths)
+        """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up)."""
+        return tuple(self._linear(layer, path) for path in self.family.inputs(kind))
 
     def output(self, layer: int, kind: SubBlockKind) -> nn.Linear:
         """Return the projection whose *columns* belong to units: o or down."""
-        return self._linear(
-            layer, self.family.attention_output if kind == "attention" else self.family.mlp_output
-        )
+        return self._linear(layer, self.family.output(kind))
 
     def output_name(self, layer: int, kind: SubBlockKind) -> str:
         """Return the full path of `output`, for messages."""
-        path = self.family.attention_output if kind == "attention" else self.family.mlp_output
-        return f"{self.family.layers}.{layer}.{path}"
+        return f"{self.family.layers}.{layer}.{self.family.output(kind)}"
 
     def attended_keys(self, layer: int, context_length: int) -> int:
         """Return how many of ``context_length`` keys a token of this layer attends to."""

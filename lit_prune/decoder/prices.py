@@ -93,8 +93,8 @@ def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_lengt
         cached = inputs[1:] if kind == "attention" else ()
         sizes = (linear.weight.shape[0] * linear.weight.element_size() for linear in cached)
         return Price(unit=sum(sizes) // units)
-    norm = parts.layers[layer].get_submodule(parts.norm_path(kind))
-    whole = sum(p.nbytes for m in (norm, parts.sub_block(layer, kind)) for p in m.parameters())
+    norms = [parts.layers[layer].get_submodule(path) for path in parts.norm_paths(kind)]
+    whole = sum(p.nbytes for m in (*norms, parts.sub_block(layer, kind)) for p in m.parameters())
     owned = output.weight.nbytes + sum(p.nbytes for linear in inputs for p in linear.parameters())
     bias = parts.hidden_size * output.weight.element_size()
     return Price(unit=owned // units, fixed=whole - owned, bias=bias)

@@ -61,7 +61,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlpSpec:
-    """One MLP sub-block: ``down(act(gate(x)) * up(x))``.
+    """One MLP sub-block: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
 
     Attributes:
         name: Path of the MLP module, ``model.layers.0.mlp``.
@@ -143,6 +143,9 @@ class DecoderSpec:
         blocks: The decoder layers, in order.
         total_parameters: Parameters of the whole model, tied weights counted once.
         fingerprint: sha256 over model type and the sorted names and shapes of all parameters.
+        refused: Granularities that this family cannot lose exactly, each with the reason.
+        removed_constants: Whether a constant can stand in for a whole removed sub-block; not where
+            a norm follows a sub-block, which it would pass.
     """
 
     model_type: str
@@ -150,6 +153,8 @@ class DecoderSpec:
     blocks: tuple[BlockSpec, ...]
     total_parameters: int
     fingerprint: str
+    refused: tuple[tuple[str, str], ...] = ()
+    removed_constants: bool = True
 
     @property
     def decoder_parameters(self) -> int:
@@ -180,4 +185,5 @@ class DecoderSpec:
             )
             for block in raw["blocks"]
         )
-        return cls(**{**raw, "blocks": blocks})
+        refused = tuple((kind, reason) for kind, reason in raw.get("refused", ()))
+        return cls(**{**raw, "blocks": blocks, "refused": refused})

@@ -101,7 +101,10 @@ def measure_sub_blocks(
         for places in shapes.values():
             calls = recorded[places[0]]
             rows = []
-            for count in ladder(units[places[0]]):
+            whole = units[places[0]]
+            unit = "kv_group" if places[0][1] == "attention" else "channel"
+            # what the family cannot lose is not tried either
+            for count in (whole,) if unit in dict(spec.refused) else ladder(whole):
                 twins = _twins(parts, places[0], count, len(places))
                 runs = [calls.time(twins, clock) for _ in range(warmup + repetitions)]
                 rows.append((float(count), median(runs[warmup:])))
@@ -133,8 +136,8 @@ def ladder(num_units: int) -> tuple[int, ...]:
 class _Calls:
     """What one sub-block was called with: the input of its norm, and what the model adds."""
 
-    def __init__(self, norm: nn.Module, cache: Callable[[], Any]) -> None:
-        self.norm, self._cache = norm, cache
+    def __init__(self, norm: nn.Module, after: nn.Module | None, cache: Callable[[], Any]) -> None:
+        self.norm, self._after, self._cache = norm, after, cache
         self.entering: list[Tensor] = []
         self.others: list[dict[str, Any]] = []
 
@@ -150,7 +153,9 @@ class _Calls:
         synchronize(device)
         started = clock()
         for twin, hidden, others in calls:
-            twin(self.norm(hidden), **others)
+            output = twin(self.norm(hidden), **others)
+            if self._after is not None:
+                self._after(output if isinstance(output, Tensor) else output[0])
         synchronize(device)
         finished = clock()
         if not started < finished:
@@ -173,14 +178,20 @@ def _record(
 
     recorded, handles = {}, []
     for layer, kind in places:
-        norm = parts.layers[layer].get_submodule(parts.norm_path(kind))
-        recorded[layer, kind] = calls = _Calls(norm, fresh)
-        handles.append(norm.register_forward_pre_hook(partial(_keep_input, calls.entering)))
-        handles.append(
-            parts.sub_block(layer, kind).register_forward_pre_hook(
-                partial(_keep_keywords, calls.others), with_kwargs=True
-            )
+        norm, after = (
+            None if path is None else parts.layers[layer].get_submodule(path)
+            for path in (parts.norm_path(kind), parts.post_norm_path(kind))
         )
+        recorded[layer, kind] = calls = _Calls(norm or nn.Identity(), after, fresh)
+        module = parts.sub_block(layer, kind)
+        handles += [
+            (norm or module).register_forward_pre_hook(
+                partial(_keep_input, calls.entering), with_kwargs=True
+            ),
+            module.register_forward_pre_hook(
+                partial(_keep_keywords, calls.others), with_kwargs=True
+            ),
+        ]
     try:
         cache = fresh()
         for tokens in (ids, *[ids[:, :1]] * new_tokens):
@@ -191,8 +202,10 @@ def _record(
     return recorded
 
 
-def _keep_input(seen: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    seen.append(args[0])
+def _keep_input(
+    seen: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+) -> None:
+    seen.append(args[0] if args else kwargs["hidden_states"])
 
 
 def _keep_keywords(
@@ -205,7 +218,7 @@ def _twins(parts: DecoderParts, place: SubBlock, count: int, most: int) -> list[
     """Return copies of a sub-block that keep the first ``count`` units."""
     narrow: dict[int, Tensor] = {}
     output = parts.output(*place)
-    rows: tuple[int, ...] = (1, 1)  # of gate and up, for each channel
+    rows = (1,) * len(parts.inputs(*place))  # of gate and up, for each channel
     if place[1] == "attention":  # of q, k and v, for each KV group
         head_dim, queries = parts.head_shape(place[0])
         rows = (head_dim * queries, head_dim, head_dim)
@@ -229,5 +242,9 @@ def _twins(parts: DecoderParts, place: SubBlock, count: int, most: int) -> list[
             key: nn.Parameter(tensor.detach().clone(), requires_grad=False)
             for key, tensor in narrow.items()
         }
-        twins.append(copy.deepcopy(module, {**shared, **own}))
+        twin = copy.deepcopy(module, {**shared, **own})
+        if place[1] == "attention":
+            for name, value in parts.head_counts(place[0], count).items():
+                setattr(twin, name, value)
+        twins.append(twin)
     return twins

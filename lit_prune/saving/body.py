@@ -130,12 +130,15 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
     family, layer = body.family, body.layers[index]
     prefix = f"{family.layers}.{index}."
     own = {n.removeprefix(prefix): t for n, t in body.tensors.items() if n.startswith(prefix)}
-    like = body.tensors[f"{family.final_norm}.weight"]
+    like = next(iter(body.tensors.values()))
     wide: dict[str, Tensor] = {}
     for path, (narrow, new) in _units(body, layer, widths).items():
         weight, bias = own.get(f"{path}.weight"), own.get(f"{path}.bias")
         narrow_rows, new_rows = (*narrow, body.hidden_size), (*new, body.hidden_size)
-        if path in (family.attention_output, family.mlp_output):  # its columns belong to units
+        if path in (
+            family.output("attention"),
+            family.output("mlp"),
+        ):  # its columns belong to units
             columns = None if weight is None else weight.T
             grown = _grow(columns, narrow_rows, new_rows, like).flatten(0, -2).T.contiguous()
             # of a removed sub-block: its constant
@@ -147,10 +150,14 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
         wide[f"{path}.weight"] = grown
         if path.rpartition(".")[2] in biased:
             wide[f"{path}.bias"] = full_bias
-    for path in (f"{family.attention_norm}.weight", f"{family.mlp_norm}.weight"):
-        wide[path] = own.get(path, like.new_ones(body.hidden_size))
+    # where a sub-block went, its norms may hold anything
+    for norm in (*family.norms("attention"), *family.norms("mlp")):
+        for leaf in ("weight", "bias"):  # those of the last one, which is of the same class
+            if (last := body.tensors.get(f"{family.final_norm}.{leaf}")) is not None:
+                wide[f"{norm}.{leaf}"] = own.get(f"{norm}.{leaf}", torch.ones_like(last))
     for path in family.attention_extras:
-        wide[path] = own.get(path, like.new_ones(body.head_dim))
+        others = (t for n, t in body.tensors.items() if n.endswith(f".{path}"))
+        wide[path] = own.get(path, torch.ones_like(next(others, like.new_ones(body.head_dim))))
     return wide
 
 
@@ -220,4 +227,5 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 def _plain_residual(model: PreTrainedModel) -> bool:
     """Whether embeddings and outputs enter the residual stream as they are (Granite may scale)."""
     scales = ("embedding_multiplier", "residual_multiplier")
-    return all(getattr(model.config, name, 1) == 1 for name in scales)
+    plain = type(model.get_input_embeddings()) is torch.nn.Embedding  # Gemma's scales
+    return plain and all(getattr(model.config, name, 1) == 1 for name in scales)

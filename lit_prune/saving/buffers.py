@@ -1,4 +1,4 @@
-"""Buffers that no state dict holds: rotary frequencies, made from the config, not always alike.
+"""Buffers that no state dict holds: made from the config, not always alike (rotary frequencies).
 
 A module converted to bfloat16 rounds them, and a GPU computes them with other last bits than a CPU.
 Where that happened they travel in ``buffers.safetensors``, so that the loaded model computes what
@@ -18,6 +18,9 @@ from lit_prune.saving.weights import computed_buffers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# A module with a buffer ``x`` that it has no config to make from holds its value as this and ``x``.
+_NUMBER = "scalar_"
+
 
 def buffers_to_save(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, Tensor]:
     """Return the buffers of ``model`` that loading would not make again, bit for bit.
@@ -34,7 +37,9 @@ def buffers_to_save(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[s
     return {
         name: buffer
         for name, buffer in found.items()
-        if buffer.dtype != fresh[name].dtype or not torch.equal(buffer, fresh[name])
+        # of an attention type that no layer has any more: read by none
+        if name in fresh
+        and (buffer.dtype != fresh[name].dtype or not torch.equal(buffer, fresh[name]))
     }
 
 
@@ -54,6 +59,10 @@ def restore_buffers(model: PreTrainedModel, saved: dict[str, Tensor], device: to
     for path in sorted({name.rpartition(".")[0] for name in empty}):
         parent, _, leaf = path.rpartition(".")
         old: Any = model.get_submodule(path)
+        if numbers := {n: v for n, v in vars(old).items() if n.startswith(_NUMBER)}:
+            for name, value in numbers.items():  # Gemma scales its embeddings by a buffer
+                setattr(old, name.removeprefix(_NUMBER), torch.tensor(value, device=device))
+            continue
         with torch.device("cpu"):
             new = type(old)(config=old.config)
         setattr(model.get_submodule(parent), leaf, new.to(device).train(old.training))

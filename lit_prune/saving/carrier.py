@@ -36,22 +36,40 @@ class Target:
         flags: Config fields, and the projections that each gives a bias (all or none of them).
         always: Projections that always have one.
         divisor: Whether the number of heads must divide the hidden size.
-        head_norms: Whether it has norms over queries and keys.
+        unlike: What it has and the carrier has not, or None where the carrier computes the same.
+        even_heads: Whether heads are always ``hidden_size / heads`` wide.
     """
 
     flags: dict[str, frozenset[str]] = field(default_factory=dict)
     always: frozenset[str] = frozenset()
     divisor: bool = False
-    head_norms: bool = False
+    unlike: str | None = None
+    even_heads: bool = False
 
 
-_BOTH = {"attention_bias": _ATTENTION, "mlp_bias": _MLP}
+_ONLY_ATTENTION = {"attention_bias": _ATTENTION}
+_BEHIND = "norms behind sub-blocks"
+_BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
     "llama": Target(flags=_BOTH, divisor=True),
     "mistral": Target(),
+    "ministral": Target(unlike="windows that differ between layers"),
     "qwen2": Target(always=_QKV),
-    "qwen3": Target(flags={"attention_bias": _ATTENTION}, head_norms=True),
+    "qwen3": Target(flags=_ONLY_ATTENTION, unlike="norms over queries and keys"),
     "granite": Target(flags=_BOTH),
+    "smollm3": Target(flags=_BOTH, unlike="layers without rotary positions"),
+    "gemma": Target(flags=_ONLY_ATTENTION, unlike="norms with weights around zero"),
+    "gemma2": Target(flags=_ONLY_ATTENTION, divisor=True, unlike=_BEHIND),
+    "gemma3_text": Target(flags=_ONLY_ATTENTION, divisor=True, unlike=_BEHIND),
+    "olmo": Target(flags=_ONLY_ATTENTION, unlike="norms without weights"),
+    "olmo2": Target(flags=_ONLY_ATTENTION, unlike=_BEHIND),
+    "olmo3": Target(flags=_ONLY_ATTENTION, unlike=_BEHIND),
+    "starcoder2": Target(
+        flags={"use_bias": _ATTENTION | {"c_fc", "c_proj"}}, unlike="MLPs without a gate"
+    ),
+    "stablelm": Target(
+        flags={"use_qkv_bias": _QKV}, even_heads=True, unlike="partly rotary positions"
+    ),
 }
 CARRIER = "granite"
 
@@ -101,6 +119,11 @@ def _blocked(
     model: PreTrainedModel, body: Body, widths: Widths, target: str, needed: dict[str, int]
 ) -> str | None:
     """Say why a stock class cannot hold this decoder, or return None."""
+    if target not in TARGETS:
+        return (
+            f"what the class of {target!r} can hold is not known to lit_prune (apply_plan makes "
+            "the model again from the dense one, its plan and its compensation)"
+        )
     can, class_name = TARGETS[target], stock_classes(target)[1].__name__
     if len(dtypes := dtypes_of(model)) > 1:
         words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -117,10 +140,18 @@ def _blocked(
             f"it has {heads} heads in each layer, {class_name} needs a divisor of hidden_size "
             f"{body.hidden_size}"
         )
-    if target == body.family.model_type:
+    if can.even_heads and heads * body.head_dim != body.hidden_size:
+        return (
+            f"it has {heads} heads of {body.head_dim} in each layer, those of {class_name} are "
+            f"hidden_size {body.hidden_size} wide together"
+        )
+    own = body.family.model_type
+    if target == own:
         return None
-    if TARGETS[body.family.model_type].head_norms:
-        return f"{class_name} has no norms over queries and keys"
+    if own not in TARGETS:
+        return f"whether {class_name} computes what {type(model).__name__} does is not known"
+    if TARGETS[own].unlike is not None:
+        return f"{class_name} has no {TARGETS[own].unlike}"
     config = model.config
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
@@ -143,7 +174,6 @@ def _in(
     flags = {flag: bool(group & needed.keys()) for flag, group in can.flags.items()}
     biased = can.always.union(*(can.flags[flag] for flag, on in flags.items() if on))
     raw = plain_config(model)
-    types = raw.get("layer_types")
     relabelled = target != body.family.model_type
     if relabelled:
         raw = {k: v for k, v in raw.items() if k in config_class.__dataclass_fields__} | {
@@ -153,8 +183,10 @@ def _in(
             "attention_multiplier": body.head_dim**-0.5,
             "dtype": raw["dtype"],
         }
-    elif types is not None:
-        raw["layer_types"] = [types[index] for index in body.layers]
+    else:
+        for listed in ("layer_types", *body.family.per_layer):
+            if raw.get(listed) is not None:
+                raw[listed] = [raw[listed][index] for index in body.layers]
     raw |= flags | {
         "model_type": target,
         "architectures": [model_class.__name__],

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What a forward reads from an attention module besides its weights.
-_TRAITS = ("head_dim", "scaling", "sliding_window", "is_causal")
+_TRAITS = (
+    "head_dim",
+    "scaling",
+    "sliding_window",
+    "is_causal",
+    "use_rope",
+    "rotary_ndims",
+    "attn_logit_softcapping",
+)
 
 
 def difference(rebuilt: PreTrainedModel, model: PreTrainedModel) -> str | None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder.families import family_name
 from lit_prune.errors import ConfigError, FormatError, did_you_mean
+from lit_prune.saving.carrier import TARGETS
 from lit_prune.saving.gguf import gguf
 from lit_prune.saving.heterogeneous import heterogeneous
+from lit_prune.saving.models import HELD
 from lit_prune.saving.padded import can_pad, padded
 from lit_prune.saving.prepared import Prepared
 from lit_prune.saving.stock import stock
@@ -24,7 +27,8 @@ FORMATS: dict[str, Callable[[Any], Prepared]] = {
     "padded": padded,
     "gguf": gguf,
 }
-# What ``auto`` tries, in order: these lose nothing and add (next to) nothing.
+# What ``auto`` tries, in order: these lose nothing and add (next to) nothing. Where a family has no
+# model file, it goes on to ``padded``.
 LOSSLESS = ("stock", "heterogeneous")
 
 
@@ -69,17 +73,23 @@ def prepare(
             continue
         because = "; ".join(refusals) or f"{prepared.class_name} of plain transformers holds it"
         return prepared.with_tokenizer(tokenizer), f"auto took {candidate}: {because}"
+    if family_name(model.config.model_type) not in HELD and can_pad(model):
+        because = f"auto took padded: {'; '.join(refusals)}"
+        return padded(model).with_tokenizer(tokenizer), because
     raise FormatError("auto", "; ".join(refusals), instead=_instead(model, "auto"))
 
 
 def _instead(model: PreTrainedModel, refused: str) -> str | None:
     """Name the formats that can hold what another cannot."""
     words = []
-    try:
-        heterogeneous(model)
-        words.append("heterogeneous (exact)")
-    except FormatError:  # a module was replaced by hand: no format holds it
-        return None
+    if family_name(model.config.model_type) in HELD:
+        try:
+            heterogeneous(model)
+            words.append("heterogeneous (exact)")
+        except FormatError:  # a module was replaced by hand: no format holds it
+            return None
     if can_pad(model):
         words.append("padded (with zeros)")
-    return ", ".join(word for word in words if not word.startswith(refused)) or None
+    elif family_name(model.config.model_type) in TARGETS.keys() - set(HELD):
+        words.append("padded, of a model that was pruned with add_biases=False")
+    return ", ".join(word for word in words if not word.startswith(f"{refused} ")) or None

@@ -14,7 +14,7 @@ from lit_prune.decoder.families import PRUNED
 from lit_prune.decoder.layout import layout_of
 from lit_prune.errors import FormatError
 from lit_prune.saving.difference import difference
-from lit_prune.saving.models import auto_map, class_names, model_file
+from lit_prune.saving.models import HELD, auto_map, class_names, model_file
 from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.skeleton import as_read, build
 from lit_prune.saving.weights import tensors_of
@@ -29,9 +29,16 @@ def heterogeneous(model: PreTrainedModel) -> PreparedDirectory:
     """Prepare a model whose layers may differ in every respect that pruning knows.
 
     Raises:
-        FormatError: If the config does not lead back to this model.
+        FormatError: If the family has no model file, or the config does not lead back to this
+            model.
     """
     layout = layout_of(model)
+    if layout.family not in HELD:
+        raise FormatError(
+            "heterogeneous",
+            f"lit_prune has no model file for {layout.family}, whose layers may differ (it has for "
+            f"{', '.join(HELD)})",
+        )
     head_dims = sorted({attention.head_dim for attention in layout.attentions.values()})
     config = as_read(
         plain_config(model)

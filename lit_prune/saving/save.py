@@ -70,7 +70,8 @@ def save_pruned(
                               others in one that has sizes for every block. Needs
                               ``pip install 'lit-prune[gguf]'``; run before it is put in place
                               where llama-cpp-python is installed.
-    ``auto``                  the first of ``stock`` and ``heterogeneous`` that can hold it
+    ``auto``                  the first of ``stock`` and ``heterogeneous`` that can hold it;
+                              ``padded`` where the family has no model file for layers that differ
     ========================  ====================================================================
 
     Args:

@@ -60,7 +60,9 @@ def vllm_notes(config: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
         ('vLLM reads no bias on o_proj of qwen3 and skips it: there it would compute something
         else. Prune with add_biases=False for vLLM.',)
     """
-    reads = VLLM[config["model_type"]]
+    reads = VLLM.get(config["model_type"])
+    if reads is None:
+        return (f"What vLLM makes of {config['model_type']} was not looked at.",)
     stored = {name.split(".")[-2] for name in names if name.endswith("_proj.bias")}
     notes = []
     if skipped := sorted(stored - reads.biases(config)):

@@ -16,7 +16,7 @@ from lit_prune.decoder import FAMILIES
 from lit_prune.decoder.families import PRUNED, family_name
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.layout_read import check_layers
-from lit_prune.saving.models import auto_map, pruned_classes
+from lit_prune.saving.models import HELD, auto_map, pruned_classes
 from lit_prune.saving.weights import DTYPES
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def family_named(raw: dict[str, Any]) -> str:
         raise ArtifactError(
             f"config.json: model_type {name!r:.80} is none of {sorted(FAMILIES)} (or {PRUNED}…)."
         )
+    if is_pruned(raw) and family not in HELD:
+        raise ArtifactError(f"config.json: model_type {name!r:.80}: there is no such model file.")
     for key in sorted(_REFUSED & set(raw)):
         # the one file that we write ourselves; it is not run here either
         if key == "auto_map" and is_pruned(raw) and raw[key] == auto_map(family):

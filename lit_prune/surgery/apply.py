@@ -172,6 +172,10 @@ def stage(
                 part.unit_width,
                 weights.get(place),
             )
+            if part.kind == "attention":
+                attention = parts.sub_block(*place)
+                for name, count in parts.head_counts(index, len(kept)).items():
+                    edits.attribute(attention, name, count)
         elif place in weights:
             edits.parameter(parts.output(*place), "weight", weights[place])
         if place in biases:
@@ -227,11 +231,8 @@ def _remove(
         edits.added(bias, beside=like)
     module = ConstantOutput(bias, returns_weights=kind == "attention")
     module.train(parts.sub_block(index, kind).training)
-    identity = nn.Identity().train(module.training)
-    for path, new_module in (
-        (parts.sub_block_path(kind), module),
-        (parts.norm_path(kind), identity),
-    ):
+    norms = {path: nn.Identity().train(module.training) for path in parts.norm_paths(kind)}
+    for path, new_module in {parts.sub_block_path(kind): module, **norms}.items():
         parent, _, leaf = path.rpartition(".")
         edits.attribute(parts.layers[index].get_submodule(parent), leaf, new_module)
 
@@ -284,6 +285,9 @@ def _restack(
     if not own and len(channels) == 1 and min(channels):
         fields["intermediate_size"] = min(channels)
     configs = {id(module.config): module.config for module in (parts.model, parts.model.base_model)}
+    for name in parts.family.per_layer:
+        if (listed := getattr(parts.model.config, name, None)) is not None:
+            fields[name] = [listed[index] for index in blocks]
     for config in configs.values():
         if getattr(config, "layer_types", None) is not None:
             fields["layer_types"] = list(types)

@@ -97,10 +97,10 @@ class Compensation:
             raise ArtifactError(f"{path} is not a compensation of lit_prune: {error!r}.") from error
 
     def check(self, model: PreTrainedModel, plan: PruningPlan) -> None:
-        """Refuse to be used with another plan or on other weights.
+        """Refuse to be used with another plan, on other weights, or where it would not be exact.
 
         Raises:
-            PlanMismatchError: Says which of the two differs.
+            PlanMismatchError: Says which it is.
         """
         if self.plan_digest != plan.digest:
             raise PlanMismatchError(
@@ -112,6 +112,14 @@ class Compensation:
                 "compensation was made for other weights of this architecture: its constants "
                 "would be wrong. Make it again from a calibration of this model, or apply the "
                 "plan without it."
+            )
+        spec = spec_for(model)
+        gone = [(i, kind) for i, kind in self.constants if not plan.layers[i].kept(kind)]
+        if gone and not spec.removed_constants:
+            raise PlanMismatchError(
+                f"compensation has a constant in place of layer {gone[0][0]} {gone[0][1]}, which "
+                f"goes whole: in {spec.model_type} models a norm follows every sub-block, which it "
+                "would pass. Make the compensation with removed_mean='drop'."
             )
 
 
@@ -131,7 +139,8 @@ def mean_compensation(
         model: The dense model that the plan was made for.
         plan: What stays.
         units: Mean and variance of the inputs of the output projections (`Calibration.units`).
-        removed_mean: ``drop`` leaves nothing in place of whole sub-blocks.
+        removed_mean: ``drop`` leaves nothing in place of whole sub-blocks; nor does ``add`` where a
+            norm follows a sub-block (`DecoderSpec.removed_constants`).
         weights: `weights_digest` of the model, where it is known.
 
     References:
@@ -147,7 +156,8 @@ def mean_compensation(
         place: SubBlock = (index, part.kind)
         kept = plan.layers[index].kept(part.kind)
         cut = sorted(set(range(part.num_units)) - set(kept))
-        if not cut or (not kept and removed_mean == "drop"):
+        whole_stays = removed_mean == "add" and spec.removed_constants
+        if not cut or (not kept and not whole_stays):
             continue
         columns = unit_columns(cut, part.unit_width)
         linear = parts.output(index, part.kind)

@@ -46,7 +46,11 @@ def masked(
             constant = constants.get((index, part.kind))
             if constant is not None:
                 constant = constant.to(linear.weight.device, linear.weight.dtype)
-            if not kept:
+            after = parts.post_norm_path(part.kind)
+            if not kept and after is not None:  # it leaves too
+                norm = parts.layers[index].get_submodule(after)
+                handles.append(norm.register_forward_hook(partial(_replace, None)))
+            elif not kept:
                 handles.append(linear.register_forward_hook(partial(_replace, constant)))
             elif compensation is not None and (index, part.kind) in compensation.weights:
                 columns = unit_columns(kept, part.unit_width).to(linear.weight.device)

@@ -62,7 +62,7 @@ def take_structure(model: PreTrainedModel, shapes: Shapes) -> bool:
     found = {int(m[1]) for name in shapes if (m := re.match(rf"{prefix}\.(\d+)\.", name))}
     if not found or max(found) >= len(spec.blocks):
         raise _mismatch(f"they hold {len(found)} layers, this model has {len(spec.blocks)}")
-    kinds = {block.attention_type for block in spec.blocks}
+    kinds = {(block.attention_type, *parts.per_layer(block.index)) for block in spec.blocks}
     if len(found) < len(spec.blocks) and len(kinds) > 1:
         raise _mismatch(
             f"they hold {len(found)} of {len(spec.blocks)} layers of {len(kinds)} kinds, and do "
@@ -117,7 +117,7 @@ def _bias(parts: DecoderParts, place: SubBlock, count: int) -> str:
     """Return where the constant of a sub-block lies in its layer."""
     family, kind = parts.family, place[1]
     if count:
-        return f"{family.attention_output if kind == 'attention' else family.mlp_output}.bias"
+        return f"{family.output(kind)}.bias"
     return f"{family.attention if kind == 'attention' else family.mlp}.bias"
 
 

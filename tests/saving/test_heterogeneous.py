@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from lit_prune import load_pruned, prune, save_pruned
-from lit_prune.decoder import FAMILIES as KNOWN
 from lit_prune.decoder import fingerprint, spec_for
 from lit_prune.decoder.layout import layout_of
 from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.saving.models import HELD as KNOWN
 from lit_prune.saving.models import model_file, pruned_classes
 from lit_prune.saving.weights import digest_of
 from lit_prune.surgery import apply_plan

@@ -76,9 +76,11 @@ def architecture_for(model: PreTrainedModel, body: Body) -> Architecture:
     Raises:
         FormatError: If none can; says what blocks each.
     """
+    if (family := body.family.model_type) not in CHOICES:
+        raise _refused(f"which graph of llama.cpp computes {family} was not looked at")
     _refuse_other_mathematics(model, body)
     refusals = []
-    for choice in CHOICES[body.family.model_type]:
+    for choice in CHOICES[family]:
         reason = _blocked(choice, body)
         if reason is None:
             return choice

@@ -86,7 +86,7 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def _names(family: Family) -> dict[str, str]:
-    return {
+    known = {
         family.attention_norm: "attn_norm",
         family.query: "attn_q",
         family.key: "attn_k",
@@ -99,3 +99,4 @@ def _names(family: Family) -> dict[str, str]:
         family.up: "ffn_up",
         family.mlp_output: "ffn_down",
     }
+    return {path: name for path, name in known.items() if path is not None}

@@ -188,9 +188,9 @@ def gguf(model: PreTrainedModel) -> PreparedGguf:
         raise ConfigError(
             "format='gguf' needs the package gguf: pip install 'lit-prune[gguf]'."
         ) from error
-    skeleton = heterogeneous(model).skeleton  # refuses modules that were replaced by hand
     body = body_of(model)
     choice = architecture_for(model, body)
+    skeleton = heterogeneous(model).skeleton  # refuses modules that were replaced by hand
     parameters_of(model)
     widths = block_widths(choice, body)
     tensors: dict[str, Tensor] = {"token_embd.weight": body.tensors["model.embed_tokens.weight"]}

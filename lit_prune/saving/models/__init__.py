@@ -9,10 +9,11 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from lit_prune.decoder import FAMILIES
 from lit_prune.decoder.families import PRUNED
 
-MODEL_FILES = frozenset(f"modeling_{PRUNED}{family}.py" for family in FAMILIES)
+# Families with a model file, so that layers may differ in a saved directory.
+HELD = ("llama", "mistral", "qwen2", "qwen3", "granite")
+MODEL_FILES = frozenset(f"modeling_{PRUNED}{family}.py" for family in HELD)
 
 
 def model_file(family: str) -> Path:
@@ -59,7 +60,7 @@ def register() -> None:
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    for family in FAMILIES:
+    for family in HELD:
         name = f"{PRUNED}{family}"
         stand_in = type(
             class_names(family)[0],
