@@ -18,18 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lit_prune.errors import (
-    ArtifactError,
-    BudgetError,
-    CalibrationError,
-    ConfigError,
-    LitPruneError,
-    PlanMismatchError,
-    RankError,
-    ScoreError,
-    SurgeryError,
-    UnsupportedModelError,
-)
+from lit_prune.errors import LitPruneError, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,17 +27,8 @@ T = TypeVar("T")
 
 # The other ranks wait while rank 0 searches and measures; a process that ends is noticed at once.
 _TIMEOUT = timedelta(days=1)
-_KINDS: tuple[type[LitPruneError], ...] = (
-    ArtifactError,
-    BudgetError,
-    CalibrationError,
-    ConfigError,
-    PlanMismatchError,
-    RankError,
-    ScoreError,
-    SurgeryError,
-    UnsupportedModelError,
-)
+# Errors that all ranks raise as the same type, by name; one of a more special type as one of these.
+_KINDS = {kind.__name__: kind for kind in LitPruneError.__subclasses__()}
 # The process group that the training made, and ours beside it. Not in `Ranks`, which a callback
 # holds: callbacks are copied.
 _groups: list[tuple[Any, Any]] = []
@@ -273,12 +253,11 @@ def _text(tensor: Tensor) -> str:
 
 def _described(error: Exception) -> list[str]:
     for kind in type(error).__mro__:
-        if kind in _KINDS:
+        if kind in _KINDS.values():
             return [kind.__name__, str(error)]
     return ["", f"{type(error).__name__}: {error}"]
 
 
 def _error_of(rank: int, failure: list[str]) -> LitPruneError:
     name, words = failure
-    kinds = {kind.__name__: kind for kind in _KINDS}
-    return kinds.get(name, RankError)(f"rank {rank} failed, so all ranks stop: {words}")
+    return _KINDS.get(name, RankError)(f"rank {rank} failed, so all ranks stop: {words}")

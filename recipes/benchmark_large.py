@@ -7,25 +7,29 @@ with 40 GB (and 100 GB of host memory, where covariances of the whole model lie)
     python recipes/benchmark_large.py --layers 4 --rows 32    # a piece of it
     python recipes/benchmark_large.py --quick --device cpu    # tiny: proves that it runs
 
-Printed as each is known, at last as one JSON object: seconds and peak memory of the statistics and
-of plan, compensation and surgery, and the report's table, before and after.
+Printed as each is known, at last as one JSON object: seconds and rise in memory of the statistics
+and of plan, compensation and surgery, and the report's table, before and after.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from benchmark import quiet_down, random_rows, surroundings
+from process_memory import Rise
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lit_prune import PruningConfig
 from lit_prune.calibration import Row, RowSet
 from lit_prune.measuring import calibrate
 from lit_prune.pruner import carry_out
+
+T = TypeVar("T")
 
 
 def llama(layers: int, device: str, *, quick: bool) -> PreTrainedModel:
@@ -47,26 +51,18 @@ def llama(layers: int, device: str, *, quick: bool) -> PreTrainedModel:
         return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
-class Peak:
-    """Seconds and highest memory (GB) of what runs inside the ``with``."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device.startswith("cuda")
-
-    def __enter__(self) -> Peak:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.started = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.found = {"host_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.found["device_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        self.found["seconds"] = time.perf_counter() - self.started
-        self.found = {name: round(value, 2) for name, value in self.found.items()}
+def costs(device: str, work: Callable[[], T]) -> tuple[T, dict[str, float | None]]:
+    """Run something; return what it made, its seconds, and how far memory rose (GB)."""
+    rises = {kind: Rise(torch.device(kind)) for kind in dict.fromkeys(("cpu", device))}
+    started = time.perf_counter()
+    made = work()
+    if "cuda" in device:
+        torch.cuda.synchronize()
+    found: dict[str, float | None] = {"seconds": round(time.perf_counter() - started, 2)}
+    for kind, rise in rises.items():
+        risen = rise.stop()
+        found[f"rise_{kind}_gb"] = None if risen is None else round(risen / 1e9, 2)
+    return made, found
 
 
 def main() -> None:
@@ -96,12 +92,14 @@ def main() -> None:
     )
     text = RowSet.of(Row.of(row) for row in random_rows(model, options.rows, options.tokens))
     config = PruningConfig(pruning_ratio=options.ratio)
-    with Peak(options.device) as peak:
-        calibration = calibrate(model, text, config, progress=False)
-    tell(tokens=text.num_tokens("calibrate"), calibrate=peak.found)
-    with Peak(options.device) as peak:
-        _, report = carry_out(model, calibration, config, progress=False)
-    tell(plan_measure_and_cut=peak.found)
+    calibration, cost = costs(
+        options.device, lambda: calibrate(model, text, config, progress=False)
+    )
+    tell(tokens=text.num_tokens("calibrate"), calibrate=cost)
+    (_, report), cost = costs(
+        options.device, lambda: carry_out(model, calibration, config, progress=False)
+    )
+    tell(plan_measure_and_cut=cost)
     print(report)
     print(json.dumps(found | {"report": json.loads(report.to_json())}))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_prune.calibration.moments import _BLOCK_ELEMENTS, same_dtype
+from lit_prune.calibration.moments import _BLOCK_ELEMENTS, mean_over_ranks, same_dtype
 from lit_prune.errors import CalibrationError
 from lit_prune.ranks import ALONE
 
@@ -127,8 +127,7 @@ class ChannelCovariance(Metric):
         if ranks.size == 1:
             return self.here().cpu()
         count, mean = self.count.cpu(), self.mean.cpu()
-        total = ranks.sum(count)
-        grand = ranks.sum(count.double() / total.clamp_min(1) * mean)
+        total, grand = mean_over_ranks(count, mean, ranks)
         about = torch.addr(self.m2.cpu(), mean - grand, mean - grand, alpha=int(count))
         m2 = ranks.sum_on_first(about)
         return None if m2 is None else m2.div_(total)

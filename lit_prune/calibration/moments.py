@@ -200,6 +200,11 @@ def _over_ranks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `merge_moments` does with the parts of all ranks."""
     count, mean, m2 = count.cpu(), mean.cpu(), m2.cpu()
-    total = ranks.sum(count)
-    grand = ranks.sum(count.double() / total.clamp_min(1) * mean)
+    total, grand = mean_over_ranks(count, mean, ranks)
     return total, grand, ranks.sum(m2 + count * (mean - grand).square())
+
+
+def mean_over_ranks(count: Tensor, mean: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return count and mean of what all ranks have seen, on the CPU of all."""
+    total = ranks.sum(count)
+    return total, ranks.sum(count.cpu().double() / total.clamp_min(1) * mean.cpu())

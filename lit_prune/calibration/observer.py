@@ -14,7 +14,7 @@ from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
-from lit_prune.decoder import KINDS, DecoderParts, SubBlock, fingerprint
+from lit_prune.decoder import DecoderParts, SubBlock, fingerprint
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -120,13 +120,11 @@ class Observer:
             self._handles.append(
                 self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             )
-            for layer in range(len(parts.layers) if self.probes else 0):
-                for kind in KINDS:
-                    if parts.exists(layer, kind):
-                        linear, name = parts.output(layer, kind), parts.output_name(layer, kind)
-                        self.moments[layer, kind] = ChannelMoments(linear.weight.shape[1], name)
-                        probe = partial(self._probe, (layer, kind))
-                        self._handles.append(linear.register_forward_pre_hook(probe))
+            for place in parts.places() if self.probes else ():
+                linear, name = parts.output(*place), parts.output_name(*place)
+                self.moments[place] = ChannelMoments(linear.weight.shape[1], name)
+                probe = partial(self._probe, place)
+                self._handles.append(linear.register_forward_pre_hook(probe))
             self._handles.append(self.model.register_forward_hook(self._after))
             self._generate = GenerateWatch(self.model)
             self._handles.append(self._generate)

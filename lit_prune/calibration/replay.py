@@ -16,7 +16,7 @@ from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.observer import Probed, describe_non_finite
 from lit_prune.calibration.out_of_memory import out_of_memory_in
-from lit_prune.decoder import KINDS, DecoderParts, quiet
+from lit_prune.decoder import DecoderParts, quiet
 from lit_prune.errors import CalibrationError
 from lit_prune.ranks import ALONE
 
@@ -152,10 +152,10 @@ def replay(
             for unit, square in changed.items():
                 squares[unit] += square
     # a rank without a batch has nothing of its own, and takes part in every sum
-    places = _places(parts)
+    widths = _widths(parts)
     whole_units = {
         place: moments.get(place, ChannelMoments(width)).result(ranks)
-        for place, width in places.items()
+        for place, width in widths.items()
     }
     found_states = {
         unit: state
@@ -164,7 +164,7 @@ def replay(
     }
     found_joints = {
         place: covariance
-        for place, width in places.items()
+        for place, width in widths.items()
         if place in covariances
         and (covariance := joints.pop(place, ChannelCovariance(width)).result(ranks)) is not None
     }
@@ -179,14 +179,9 @@ def replay(
     )
 
 
-def _places(parts: DecoderParts) -> dict[Probed, int]:
+def _widths(parts: DecoderParts) -> dict[Probed, int]:
     """Return the width of every output projection's input, in order."""
-    return {
-        (layer, kind): parts.output(layer, kind).in_features
-        for layer in range(len(parts.layers))
-        for kind in KINDS
-        if parts.exists(layer, kind)
-    }
+    return {place: parts.output(*place).in_features for place in parts.places()}
 
 
 def replay_within(
@@ -231,7 +226,7 @@ def covariance_groups(parts: DecoderParts, covariance_bytes: int) -> list[dict[P
         too large.
     """
     groups: list[dict[Probed, int]] = [{}]
-    for place, width in _places(parts).items():
+    for place, width in _widths(parts).items():
         size = 8 * width**2
         if groups[-1] and sum(groups[-1].values()) + size > covariance_bytes:
             groups.append({})
@@ -253,7 +248,7 @@ class _UnitProbes:
     def __enter__(self) -> _UnitProbes:
         self._handles = [
             self._parts.output(*place).register_forward_pre_hook(partial(self._probe, place))
-            for place in _places(self._parts)
+            for place in self._parts.places()
         ]
         return self
 

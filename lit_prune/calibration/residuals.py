@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet
+from lit_prune.decoder import DecoderParts, SubBlock, quiet
 from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ def measure_residuals(
     parts = DecoderParts(model)
     device = next(model.parameters()).device
     cosines = torch.zeros(len(parts.layers), dtype=torch.float64, device=device)
-    squares: dict[SubBlock, Tensor] = {
-        (layer, kind): cosines.new_zeros(parts.hidden_size)
-        for layer in range(len(parts.layers))
-        for kind in KINDS
-        if parts.exists(layer, kind)
-    }
+    squares = {place: cosines.new_zeros(parts.hidden_size) for place in parts.places()}
     mask = torch.zeros(0)
     entries: dict[int, Tensor] = {}
 

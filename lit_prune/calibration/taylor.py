@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_prune.decoder import KINDS, DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -56,11 +56,9 @@ def measure_taylor(
         raise CalibrationError("no sample with two tokens to take gradients on.")
     # in ascending order of layers; one list for each sub-block: inputs, then output
     weights: dict[SubBlock, list[Tensor]] = {}
-    for layer in range(len(parts.layers)):
-        for kind in KINDS:
-            if parts.exists(layer, kind):
-                inputs = [p for linear in parts.inputs(layer, kind) for p in linear.parameters()]
-                weights[layer, kind] = [*inputs, parts.output(layer, kind).weight]
+    for place in parts.places():
+        inputs = [p for linear in parts.inputs(*place) for p in linear.parameters()]
+        weights[place] = [*inputs, parts.output(*place).weight]
     flat = [parameter for group in weights.values() for parameter in group]
     frozen = [p for p in flat if not p.requires_grad]
     bar = tqdm(samples, desc="Taylor scores", leave=False, disable=None if progress else True)

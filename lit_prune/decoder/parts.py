@@ -8,10 +8,12 @@ from torch import nn
 
 from lit_prune.decoder.constant import is_constant
 from lit_prune.decoder.families import Family, family_of
+from lit_prune.decoder.spec import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lit_prune.decoder.residual import SubBlock
     from lit_prune.decoder.spec import SubBlockKind
 
 
@@ -95,6 +97,15 @@ class DecoderParts:
     def exists(self, layer: int, kind: SubBlockKind) -> bool:
         """Return whether the sub-block is there, not removed by an earlier pruning."""
         return not is_constant(self.sub_block(layer, kind))
+
+    def places(self) -> tuple[SubBlock, ...]:
+        """Return every sub-block that is there, ``(layer, kind)``, in the order of the model."""
+        return tuple(
+            (layer, kind)
+            for layer in range(len(self.layers))
+            for kind in KINDS
+            if self.exists(layer, kind)
+        )
 
     def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
         """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up)."""

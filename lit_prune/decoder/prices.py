@@ -57,12 +57,7 @@ def unit_prices(
         (48, 1280)
     """
     parts = DecoderParts(model)
-    return {
-        (layer, kind): _price(parts, (layer, kind), resource, context_length)
-        for layer in range(len(parts.layers))
-        for kind in KINDS
-        if parts.exists(layer, kind)
-    }
+    return {place: _price(parts, place, resource, context_length) for place in parts.places()}
 
 
 def constant_bytes(model: PreTrainedModel) -> int:

@@ -121,28 +121,25 @@ def prune_copy(
 ) -> Pruned | None:
     """Do what `prune_within` does to a whole copy of a sharded model, on rank 0; see there."""
     whole = whole_copy(model, ranks)
-    found: Pruned | None = None
 
-    def on_copy() -> tuple[PruningPlan, PruningReport] | None:
-        nonlocal found
+    def on_copy() -> Pruned | None:
         assert whole is not None  # noqa: S101 - only rank 0 is asked
-        options["weights"] = None  # what the shards hold
-        found = prune_within(
+        return prune_within(
             trainer, pl_module, whole, seen, config, artifacts, said=(STAYS_DENSE,), **options
         )
-        return None if found is None else (found.plan, found.report)
 
-    told = ranks.decide(on_copy, _written, _read)
-    return found or (told and Pruned(*told))
+    return ranks.decide(on_copy, _written, _read)
 
 
-def _written(found: tuple[PruningPlan, PruningReport] | None) -> str:
-    return json.dumps(found and [part.to_json() for part in found])
+def _written(done: Pruned | None) -> str:
+    return json.dumps(done and [done.plan.to_json(), done.report.to_json()])
 
 
-def _read(text: str) -> tuple[PruningPlan, PruningReport] | None:
+def _read(text: str) -> Pruned | None:
     found = json.loads(text)
-    return found and (PruningPlan.from_json(found[0]), PruningReport.from_json(found[1]))
+    if found is None:
+        return None
+    return Pruned(PruningPlan.from_json(found[0]), PruningReport.from_json(found[1]))
 
 
 def tell(trainer: Trainer, planned: Planned | None, report: PruningReport) -> None:

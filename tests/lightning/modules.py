@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import inspect
 import io
 import logging
 import signal
@@ -103,6 +104,21 @@ def steady_latency(*args, **options):
     for rows in {id(rows): rows for rows in measured.seconds.values()}.values():
         rows[:, 1] = 1e-4 * (1 + rows[:, 0])
     return measured
+
+
+def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
+    """Let the ``number``-th call of a function raise; return the list that its calls go to."""
+    calls, real = [], getattr(owner, name)
+
+    def act(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == number:
+            raise error
+        return real(*args, **kwargs)
+
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    monkeypatch.setattr(owner, name, staticmethod(act) if static else act)
+    return calls
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_prune import PruningPlan, load_pruned
-from tests.lightning.modules import LM, TRAIN, loader, pruner, trainer
-from tests.models import tiny_model, tiny_rows
+from tests.lightning.modules import pruner, trainer
+from tests.lightning.two_ranks import ROADS, dense, run
 
 pytestmark = pytest.mark.ddp
 TESTS = Path(__file__).resolve().parents[1]
@@ -62,24 +62,8 @@ def alone(folder, options, stage):
     when = "fit_end" if stage == "fit" else stage
     small = {"search_tokens": 400, "replay_batch_tokens": 128}
     callback = pruner(**{"when": when, **small, **options})
-    module = LM(tiny_model(kv_heads=4), lr=0.0)
-    rows = tiny_rows(41, 24, seed=4, uneven=True)
-    one = trainer(folder, callback)
-    if stage == "validate":
-        one.validate(module, loader(rows), verbose=False)
-    else:
-        one.fit(module, loader(TRAIN, 4), loader(rows))
+    run(trainer(folder, callback), dense(), stage)
     return callback
-
-
-ROADS = [
-    ({"preset": "conditional"}, "fit"),
-    ({"preset": "conditional"}, "validate"),
-    ({"preset": "paper", "estimator": "logdet"}, "fit"),
-    ({"preset": "paper", "allocator": "uniform"}, "validate"),
-    ({"preset": "llm_pruner", "ratio": 0.3066}, "validate"),
-    ({"preset": "shortgpt", "ratio": 0.25}, "validate"),
-]
 
 
 @pytest.mark.event(
@@ -108,7 +92,7 @@ def test_law_5_two_processes_give_the_plan_of_one(ranks, tmp_path, number, road)
 @pytest.mark.event(
     "Several processes",
     "a rank whose validation loader is empty",
-    "the same plan; see DDP's own limits below",
+    "the same plan (where DDP itself can: see above)",
 )
 @pytest.mark.parametrize("scenario", ["empty_rank", "empty_rank_validate"])
 def test_f35_rank_without_a_batch(ranks, tmp_path, scenario):

@@ -1,7 +1,5 @@
 """F11-F18: whatever fails, wherever: the model as it was, no hook left, the run's samples kept."""
 
-import inspect
-
 import lightning as L
 import pytest
 import torch
@@ -23,6 +21,7 @@ from tests.lightning.modules import (
     loader,
     pruner,
     state_digest,
+    stop_at_call,
     trainer,
 )
 
@@ -159,21 +158,6 @@ def test_f18_run_after_ctrl_c_gives_the_same_plan(tmp_path):
     fit(tmp_path, module, callback)
     fit(tmp_path, frozen(LM()), other)
     assert callback.plan_.digest == other.plan_.digest
-
-
-def stop_at_call(monkeypatch, owner, name, number, error=KeyboardInterrupt):
-    """Let the ``number``-th call of a function raise; return the list that its calls go to."""
-    calls, real = [], getattr(owner, name)
-
-    def act(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == number:
-            raise error
-        return real(*args, **kwargs)
-
-    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    monkeypatch.setattr(owner, name, staticmethod(act) if static else act)
-    return calls
 
 
 @pytest.mark.event(

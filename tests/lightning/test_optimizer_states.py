@@ -8,11 +8,21 @@ import lightning as L
 import pytest
 import torch
 
+import lit_prune.pruner
 from lit_prune.decoder import spec_for
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.running import carried_over
 from lit_prune.surgery import StagedEdits, applied, mean_compensation
-from tests.lightning.modules import LM, TRAIN, decoder_parameters, fit, loader, pruner, trainer
+from tests.lightning.modules import (
+    LM,
+    TRAIN,
+    decoder_parameters,
+    fit,
+    loader,
+    pruner,
+    stop_at_call,
+    trainer,
+)
 from tests.models import tiny_model
 
 
@@ -261,17 +271,8 @@ def test_states_of_other_shapes_start_anew_and_the_report_says_so(tmp_path):
 
 
 def test_a_pruning_that_fails_leaves_the_optimizer_as_it_was(tmp_path, monkeypatch):
-    import lit_prune.pruner as pipeline
-
-    measure, calls = pipeline.measure, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("no memory to measure again")
-        return measure(*args)
-
-    monkeypatch.setattr(pipeline, "measure", failing)
+    error = RuntimeError("no memory to measure again")
+    stop_at_call(monkeypatch, lit_prune.pruner, "measure", 2, error)
     module, before = Optimized(split), Before()
     one = trainer(tmp_path, pruner(), before)
     with pytest.raises(RuntimeError, match="no memory"):

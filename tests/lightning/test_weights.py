@@ -7,9 +7,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import lit_prune.pruner
 from lit_prune import prune
 from lit_prune.errors import ArtifactError, ConfigError, UnsupportedModelError
-from tests.lightning.modules import LM, ROWS, TRAIN, fit, loader, pruner, state_digest, trainer
+from tests.lightning.modules import (
+    LM,
+    ROWS,
+    TRAIN,
+    fit,
+    loader,
+    pruner,
+    state_digest,
+    stop_at_call,
+    trainer,
+)
 from tests.models import batches_of, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory")
@@ -177,17 +188,8 @@ def test_a_file_that_cannot_be_read_leaves_the_last_weights(tmp_path, spoil, err
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_pruning_that_fails_or_is_dry_leaves_the_last_weights(tmp_path, monkeypatch, dry):
-    import lit_prune.pruner as pipeline
-
-    measure, calls = pipeline.measure, []
-
-    def failing(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("no memory to measure again")
-        return measure(*args)
-
-    monkeypatch.setattr(pipeline, "measure", failing)
+    error = RuntimeError("no memory to measure again")
+    stop_at_call(monkeypatch, lit_prune.pruner, "measure", 2, error)
     save, module = saver(tmp_path), Worse()
     spoiler = Spoil(save, lambda path: None)
     callback = pruner(weights="best", dry_run=dry)
