@@ -125,10 +125,11 @@ def _run(checker: str, directory: Path, reference: Path) -> Verification:
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
     }
-    # -P: nothing in the current directory may shadow a package
+    # -P: nothing in the current directory may shadow a package; -B: no bytecode beside the model
     command = [
         sys.executable,
         "-P",
+        "-B",
         str(Path(__file__).with_name(checker)),
         str(directory.resolve()),
         str(reference),

@@ -37,11 +37,13 @@ def test_saved_model_is_compared_in_a_fresh_process(
     # nothing in the current directory may shadow a package
     (tmp_path / "torch.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     model = pruned(family, kind, tie=True)
     path = save_pruned(model, "saved", format=chosen)
     manifest = json.loads((path / "MANIFEST.json").read_text())
     assert manifest["verified"] is True
     assert words in manifest["verification"]
+    assert not (path / "__pycache__").exists()
     torch.testing.assert_close(logits(load_pruned(path)), logits(model), rtol=0, atol=1e-4)
 
 
