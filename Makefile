@@ -13,13 +13,15 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow gguf-test lint format bench clean
+.PHONY: help demo test slow contract gguf-test docs lint format bench clean
 
 help:
 	@echo "make demo    fine-tune the shipped model, prune it by 30 %, save it, reload it (offline)"
 	@echo "make test    the test suite, without the slow tests"
 	@echo "make slow    the slow tests"
+	@echo "make contract   what every family must pass; on another transformers: make contract TRANSFORMERS=5.15.0 (or newest)"
 	@echo "make gguf-test  build llama.cpp (some ten minutes, needs a C++ compiler), and run saved files in it"
+	@echo "make docs    pages and API reference into build/docs/index.html; a link inside that leads nowhere is an error"
 	@echo "make lint    ruff, format check, mypy"
 	@echo "make format  let ruff mend what it can"
 	@echo "make bench   what pruning costs and what it brings, as ratios"
@@ -37,12 +39,32 @@ test: $(READY)
 slow: $(READY)
 	@$(BIN)/python -m pytest -q -m slow $(TOGETHER)
 
+# Another version lies in a folder in front of .venv; a warning of one that we are not written for is no error.
+TRANSFORMERS ?= pinned
+OTHER := .venv-transformers/$(TRANSFORMERS)
+
+contract: $(READY)
+ifeq ($(TRANSFORMERS),pinned)
+	@$(BIN)/python -m pytest -q $(TOGETHER) tests/test_testing.py
+else
+	@rm -rf $(OTHER) && mkdir -p $(OTHER)
+	@grep -vE '^(transformers|tokenizers|huggingface)' .ci/constraints.txt > $(OTHER)/constraints.txt
+	@$(PIP) install -qq --target $(OTHER) -c $(OTHER)/constraints.txt transformers$(if $(filter newest,$(TRANSFORMERS)),,==$(TRANSFORMERS))
+	@PYTHONPATH=$(OTHER) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	@PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q $(TOGETHER) -W default tests/test_testing.py
+endif
+
 # Not in the constraints: nothing else needs it, and it is built from source.
 gguf-test: $(READY)
 	@$(BIN)/python -c 'import llama_cpp' 2>/dev/null \
 		|| { echo "building llama-cpp-python $(LLAMA_CPP) (once; some ten minutes on two cores)"; \
 		     CMAKE_ARGS=-DLLAVA_BUILD=OFF $(PIP) install -qq -c .ci/constraints.txt llama-cpp-python==$(LLAMA_CPP); }
 	@$(BIN)/python -m pytest -q -m gguf
+
+docs: $(READY)
+	@$(BIN)/python -c 'import furo, myst_parser, sphinx_copybutton' 2>/dev/null || $(PIP) install -qq -c .ci/constraints.txt -e ".[docs]"
+	@$(BIN)/python -m sphinx -W --keep-going -q -E -b html .docs build/docs
+	@echo "build/docs/index.html"
 
 lint: $(READY)
 	@failed=0; \
@@ -74,5 +96,5 @@ $(READY): pyproject.toml .ci/constraints.txt
 	@touch $(READY) && rm -f $(HALF)
 
 clean:
-	rm -rf .venv $(HALF) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv $(HALF) .venv-transformers build dist .mypy_cache .pytest_cache .ruff_cache
 	find lit_prune tests recipes -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
