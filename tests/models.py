@@ -18,6 +18,11 @@ CONFIGS = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
 }
+# whose attention and MLP may read the same stream, unless told otherwise
+SEQUENTIAL = {
+    "gpt_neox": {"use_parallel_residual": False},
+    "falcon": {"parallel_attn": False},
+}
 
 
 def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **overrides):
@@ -37,7 +42,7 @@ def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **ove
         "eos_token_id": 2,
     }
     # families beside these four are seen in `tests/test_testing.py`, by the contract
-    options = {**options, **overrides}
+    options = {**options, **SEQUENTIAL.get(family, {}), **overrides}
     if family in FAMILIES:
         options = FAMILIES[family].in_config(options)
     config = CONFIGS.get(family, CONFIG_MAPPING[family])(**options)
