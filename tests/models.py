@@ -10,11 +10,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from lit_prune.decoder import FAMILIES
+
 CONFIGS = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+}
+# whose attention and MLP may read the same stream, unless told otherwise
+SEQUENTIAL = {
+    "gpt_neox": {"use_parallel_residual": False},
+    "falcon": {"parallel_attn": False},
 }
 
 
@@ -35,7 +42,10 @@ def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **ove
         "eos_token_id": 2,
     }
     # families beside these four are seen in `tests/test_testing.py`, by the contract
-    config = CONFIGS.get(family, CONFIG_MAPPING[family])(**{**options, **overrides})
+    options = {**options, **SEQUENTIAL.get(family, {}), **overrides}
+    if family in FAMILIES:
+        options = FAMILIES[family].in_config(options)
+    config = CONFIGS.get(family, CONFIG_MAPPING[family])(**options)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -33,6 +33,7 @@ from tests.state import counted_forwards, state_digest, unchanged
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
 BEHIND = {"attention_bias": True, **SLIDING}
+FIVE = {"hidden_size": 30, "num_attention_heads": 5}
 # Legal and unusual: one KV head, multi-head, three query heads each, biases, tied embeddings,
 # heads that are not hidden_size / heads wide, windows, layers without positions.
 ODD = {
@@ -58,6 +59,15 @@ ODD = {
     "olmo3": {**BEHIND, "kv_heads": 4},
     "starcoder2": {"sliding_window": 8, "kv_heads": 1, "tie": True},
     "stablelm": {"use_qkv_bias": True, "partial_rotary_factor": 0.5, "kv_heads": 2},
+    "phi3": {"partial_rotary_factor": 0.5, "sliding_window": 8, "head_dim": 12},
+    "gpt2": {**FIVE, "tie": True, "scale_attn_weights": False, "attn_pdrop": 0.5},
+    "gpt_neox": {
+        "hidden_size": 24, "num_attention_heads": 3, "tie": True, "attention_bias": False,
+        "rotary_pct": 0.25,
+    },
+    "opt": {**FIVE, "layer_norm_elementwise_affine": False},
+    "falcon": {"multi_query": False, "bias": True, "kv_heads": 4},
+    "bloom": {**FIVE, "tie": True},
 }  # fmt: skip
 EVERY = ("block", "sub_block", "kv_group", "channel")
 MODEL_FILE = {"llama", "mistral", "qwen2", "qwen3", "granite"}
@@ -79,7 +89,7 @@ def passes(model):
     found = check_family(model)
     assert state_digest(model) == before
     family = model.config.model_type
-    refused = {"kv_group"} if family in ("olmo2", "olmo3") else set()
+    refused = {"kv_group"} if family in ("olmo2", "olmo3", "bloom") else set()
     assert set(found.granularities) == set(EVERY) - refused
     assert set(found.refused) == refused
     assert found.constants == (family not in BEHIND_NORMS)
@@ -104,6 +114,30 @@ def test_an_odd_model_passes_the_contract(family):
 @pytest.mark.parametrize("family", ODD)
 def test_the_contract_on_more_models(family, kv_heads, seed):
     passes(uneven_norms(tiny_model(family, kv_heads=kv_heads, seed=seed, tie=bool(seed % 2))))
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+VARIANTS = [
+    ("falcon", {"multi_query": True, "alibi": True, "tie": True}),
+    ("falcon", {"multi_query": True}),
+    ("falcon", {"multi_query": False, "alibi": True, "kv_heads": 4}),
+    ("phi3", {"kv_heads": 1, "max_position_embeddings": 12, "rope_parameters": LONG}),
+    ("phi3", {"kv_heads": 4, "tie": True}),
+    ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
+    ("opt", {"enable_bias": False, "tie": True}),
+    ("bloom", {"num_attention_heads": 2}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "options"), VARIANTS)
+def test_the_contract_on_legal_variants(family, options):
+    model = uneven_norms(tiny_model(family, **options))
+    found = check_family(model)
+    assert set(found.refused) == (
+        {"kv_group"} if options.get("alibi") or family == "bloom" else set()
+    )
+    assert found.formats["padded"].startswith("held"), found.formats
 
 
 # ---- a family of one's own ----
@@ -162,7 +196,7 @@ WRONG = [
     ({"layers": "model.blocks"}, "has no module 'model.blocks'"),
     ({"gate": None}, "holds the parameter mlp.gate_proj.weight, which"),
     ({"attention_extras": ("self_attn.q_norm.weight",)}, "no parameter 'self_attn.q_norm.weight'"),
-    ({"head_counts": ("num_heads", "num_kv_heads")}, "has no number 'num_heads'"),
+    ({"head_counts": {"num_heads": "queries"}}, "has no number 'num_heads'"),
     ({"residual_scale": "residual_multiplier"}, "config.residual_multiplier is None"),
     ({"attention_norm": None, "attention_post_norm": "norm"}, "has no module 'norm'"),
     ({"up": "mlp.down_proj", "mlp_output": "mlp.up_proj"}, "contradicts itself"),
@@ -220,10 +254,36 @@ def test_a_parallel_residual_is_refused_by_name(config):
         spec_for(model)
 
 
-@pytest.mark.parametrize("option", ["use_parallel_residual", "qk_layernorm"])
-def test_a_stablelm_that_is_another_one_is_refused(option):
-    with pytest.raises(UnsupportedModelError, match=rf"config\.{option} set"):
-        spec_for(tiny_model("stablelm", **{option: True}))
+ANOTHER = [
+    ("stablelm", "use_parallel_residual", True),
+    ("stablelm", "qk_layernorm", True),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    ("gpt2", "add_cross_attention", True),
+    ("gpt_neox", "use_parallel_residual", True),
+    ("opt", "do_layer_norm_before", False),
+    ("falcon", "parallel_attn", True),
+    ("falcon", "new_decoder_architecture", True),
+    ("bloom", "apply_residual_connection_post_layernorm", True),
+    ("bloom", "slow_but_exact", True),
+]
+
+
+@pytest.mark.parametrize(("family", "option", "value"), ANOTHER)
+def test_a_variant_that_is_not_exact_is_refused_by_name(family, option, value):
+    words = rf"config\.{option} {'' if value else 'not '}set"
+    with pytest.raises(UnsupportedModelError, match=words):
+        spec_for(tiny_model(family, **{option: value}))
+
+
+def test_an_opt_whose_embeddings_are_narrower_is_refused():
+    with pytest.raises(UnsupportedModelError, match="contradicts itself.*hidden size 16"):
+        spec_for(tiny_model("opt", word_embed_proj_dim=16))
+
+
+def test_slopes_that_depend_on_the_head_count_refuse_kv_groups():
+    plain, sloped = (tiny_model("falcon", layers=1, alibi=alibi) for alibi in (False, True))
+    assert dict(spec_for(plain).refused) == {}
+    assert set(dict(spec_for(sloped).refused)) == {"kv_group"}
 
 
 def run(model, ratio=0.2, **options):
@@ -294,7 +354,7 @@ def test_the_fit_behind_the_prefix_aims_at_what_a_projection_makes(family):
                 batch.lead(parts, layer)
                 for kind in ("attention", "mlp"):
                     inputs, target = batch.enters(parts, (layer, kind))
-                    wanted = parts.output(layer, kind)(inputs)
+                    wanted = parts.output(layer, kind).module(inputs)
                     assert (target - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (layer, kind)
                 batch.follow(parts, layer)
 
@@ -347,7 +407,7 @@ def test_a_constant_behind_which_a_norm_follows_is_refused():
         apply_plan(model, plan, made)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2", "stablelm", "starcoder2"])
+@pytest.mark.parametrize("family", ["gemma2", "stablelm", "phi3", "gpt2", "opt", "bloom"])
 def test_a_budget_in_latency_measures_every_kind_of_sub_block(family):
     result = run(
         tiny_model(family, layers=3), 1 / 3, budget="latency",

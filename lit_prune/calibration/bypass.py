@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import KINDS, ConstantOutput, DecoderParts
+from lit_prune.decoder import KINDS, DecoderParts, call_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lit_prune.decoder import ConstantOutput
 
 BypassKind = Literal["block", "attention", "mlp"]
 
@@ -70,9 +72,8 @@ class RecordedRun:
                 handle.remove()
         self.output = output[0]
 
-    def _record(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        self._entries.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+    def _record(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entries.append(call_of(layer, args, kwargs))
 
     def without(self, unit: Unit, constant: Tensor | None = None) -> Tensor:
         """Return the hidden state that would enter the final norm if ``unit`` were the identity.
@@ -88,7 +89,8 @@ class RecordedRun:
         layers = self._parts.layers
         if unit.kind != "block":
             module = self._parts.sub_block(unit.layer, unit.kind)
-            with silenced(module, constant, returns_weights=unit.kind == "attention"):
+            bias = None if constant is None else nn.Parameter(constant, requires_grad=False)
+            with silenced(module, self._parts.constant(unit.kind, bias)):
                 hidden = _first(layers[unit.layer](hidden, **kwargs))
         for layer in range(unit.layer + 1, len(layers)):
             hidden = _first(layers[layer](hidden, **self._entries[layer][1]))
@@ -96,14 +98,11 @@ class RecordedRun:
 
 
 @contextmanager
-def silenced(
-    module: nn.Module, constant: Tensor | None = None, *, returns_weights: bool
-) -> Iterator[None]:
+def silenced(module: nn.Module, constant: ConstantOutput) -> Iterator[None]:
     """Let a sub-block return a constant (or zero), uncomputed, the module tree unchanged."""
     # an instance attribute shadows the class's method: names, hooks and parameters stay
     own = vars(module).get("forward")  # somebody else's patch, put back after
-    bias = None if constant is None else nn.Parameter(constant, requires_grad=False)
-    module.forward = ConstantOutput(bias, returns_weights=returns_weights).forward
+    module.forward = constant.forward
     try:
         yield
     finally:

@@ -24,6 +24,19 @@ PACKED = (
 )
 
 
+def by_token(x: Tensor, mask: Tensor) -> Tensor:
+    """Return what a module gets as ``[batch, tokens, width]``: some layers flatten their tokens.
+
+    Anything else comes back as it is.
+
+    Example:
+        >>> by_token(torch.zeros(6, 4), torch.ones(2, 3)).shape
+        torch.Size([2, 3, 4])
+    """
+    flat = x.shape[:-1] == (mask.numel(),)
+    return x.reshape(*mask.shape, x.shape[-1]) if flat else x
+
+
 @dataclass(frozen=True, slots=True)
 class RealTokens:
     """A checked batch.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.generating import GenerateWatch
-from lit_prune.calibration.inputs import CAPPED, real_tokens
+from lit_prune.calibration.inputs import CAPPED, by_token, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
@@ -121,10 +121,10 @@ class Observer:
                 self.model.register_forward_pre_hook(self._before, with_kwargs=True)
             )
             for place in parts.places() if self.probes else ():
-                linear, name = parts.output(*place), parts.output_name(*place)
-                self.moments[place] = ChannelMoments(linear.weight.shape[1], name)
+                output, name = parts.output(*place), parts.output_name(*place)
+                self.moments[place] = ChannelMoments(output.in_features, name)
                 probe = partial(self._probe, place)
-                self._handles.append(linear.register_forward_pre_hook(probe))
+                self._handles.append(output.module.register_forward_pre_hook(probe))
             self._handles.append(self.model.register_forward_hook(self._after))
             self._generate = GenerateWatch(self.model)
             self._handles.append(self._generate)
@@ -185,7 +185,7 @@ class Observer:
     def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if self._selected is None:
             return
-        x = args[0].detach()
+        x = by_token(args[0].detach(), self._selected)
         name = self.moments[probed].name
         if probed in self._pending or x.shape[:-1] != self._selected.shape:
             raise CalibrationError(

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.covariance import ChannelCovariance
+from lit_prune.calibration.inputs import by_token
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.observer import Probed, describe_non_finite
 from lit_prune.calibration.out_of_memory import out_of_memory_in
@@ -247,7 +248,7 @@ class _UnitProbes:
 
     def __enter__(self) -> _UnitProbes:
         self._handles = [
-            self._parts.output(*place).register_forward_pre_hook(partial(self._probe, place))
+            self._parts.output(*place).module.register_forward_pre_hook(partial(self._probe, place))
             for place in self._parts.places()
         ]
         return self
@@ -257,7 +258,7 @@ class _UnitProbes:
             handle.remove()
 
     def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+        x = by_token(args[0], self._mask)
         part = ChannelMoments(x.shape[-1]).measure(x[self._mask])
         if not bool(torch.isfinite(part[2]).all()):
             name = self._parts.output_name(*probed)

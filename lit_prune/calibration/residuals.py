@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.inputs import by_token
 from lit_prune.decoder import DecoderParts, SubBlock, quiet
 from lit_prune.ranks import ALONE
 
@@ -53,7 +54,7 @@ def measure_residuals(
         cosines[layer] += cosine.double().sum()
 
     def read(place: SubBlock, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        squares[place] += args[0][mask].double().square().sum(0)
+        squares[place] += by_token(args[0], mask)[mask].double().square().sum(0)
 
     handles = []
     try:
@@ -61,7 +62,7 @@ def measure_residuals(
             handles.append(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leave, layer)))
             handles += [
-                parts.inputs(*place)[0].register_forward_pre_hook(partial(read, place))
+                parts.inputs(*place)[0].module.register_forward_pre_hook(partial(read, place))
                 for place in squares
                 if place[0] == layer
             ]

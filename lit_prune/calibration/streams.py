@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.inputs import by_token
 from lit_prune.calibration.shelf import Shelf, shelves
-from lit_prune.decoder import KINDS
+from lit_prune.decoder import KINDS, call_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ class TwoStreams:
             seen = {name: hooks.enter_context(_inputs_of(m)) for name, m in watched.items()}
             self.shelf["dense"] = self._run(parts, layer, self.shelf["dense"])
         for name, found in seen.items():
-            self.shelf[name] = found[0]
+            self.shelf[name] = by_token(found[0], self.mask)
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and what it
@@ -66,12 +67,14 @@ class TwoStreams:
                 assert norm is not None  # noqa: S101 - `Family` has one norm or the other
                 stream = hooks.enter_context(_inputs_of(parts.layers[layer].get_submodule(norm)))
             # left first: it ends the forward
-            inputs = hooks.enter_context(_inputs_of(parts.output(*place), last=True))
+            output = parts.output(*place).module
+            inputs = hooks.enter_context(_inputs_of(output, last=True))
             self._run(parts, layer, self.shelf["pruned"])
+        entered = by_token(inputs[0], self.mask)
         if stream is None:
-            return inputs[0], self.shelf[kind]
+            return entered, self.shelf[kind]
         goal = self.shelf["dense" if kind == "mlp" else "middle"]
-        return inputs[0], (goal - stream[0]) / parts.residual_scale
+        return entered, (goal - by_token(stream[0], self.mask)) / parts.residual_scale
 
     def follow(self, parts: DecoderParts, layer: int) -> None:
         """Take the pruned model through a layer, as that is now."""
@@ -152,10 +155,9 @@ def _calls_of(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
     """Collect how each layer is called; of the hidden states only the first is kept."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def note(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden if not calls else calls[0][0], kwargs))
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, others = call_of(layer, args, kwargs)
+        calls.append((hidden if not calls else calls[0][0], others))
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:

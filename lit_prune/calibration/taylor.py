@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.decoder import DecoderParts, SubBlock, quiet
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
     from lit_prune.calibration.rows import RowSet
@@ -49,17 +51,14 @@ def measure_taylor(
         Eqs. 3-5, and its code for "vectorize", "param_first" and "param_mix". Gradients are of the
         mean loss of a sample; we average over samples where its code adds.
     """
-    parts, spec = DecoderParts(model), spec_for(model)
+    parts = DecoderParts(model)
     device = next(model.parameters()).device
     samples = [row.ids for row in rows.side("calibrate") if len(row.ids) > 1][:max_samples]
     if not samples:
         raise CalibrationError("no sample with two tokens to take gradients on.")
-    # in ascending order of layers; one list for each sub-block: inputs, then output
-    weights: dict[SubBlock, list[Tensor]] = {}
-    for place in parts.places():
-        inputs = [p for linear in parts.inputs(*place) for p in linear.parameters()]
-        weights[place] = [*inputs, parts.output(*place).weight]
-    flat = [parameter for group in weights.values() for parameter in group]
+    # in ascending order of layers; of each sub-block: inputs, then output
+    owned = [(place, each) for place in parts.places() for each in _owned(parts, place)]
+    flat = [each.parameter for _, each in owned]
     frozen = [p for p in flat if not p.requires_grad]
     bar = tqdm(samples, desc="Taylor scores", leave=False, disable=None if progress else True)
     try:
@@ -89,24 +88,38 @@ def measure_taylor(
         for parameter in frozen:
             parameter.requires_grad_(False)
     found: dict[SubBlock, Tensor] = {}
-    here = iter(zip(flat, first, second, strict=True))
-    units = {(index, part.kind): part.num_units for index, part in spec.sub_blocks}
-    for place, group in weights.items():
-        sums = torch.zeros(units[place], len(TAYLOR_SCORES), dtype=torch.float64, device=device)
-        for _ in group[:-1]:
-            sums += _reduced(*next(here), units[place], by_rows=True)
-        sums += _reduced(*next(here), units[place], by_rows=False)
-        found[place] = sums.cpu()
+    for (place, each), one, two in zip(owned, first, second, strict=True):
+        scores = _reduced(each, one, two).cpu()
+        found[place] = found[place] + scores if place in found else scores
     return found
 
 
-def _reduced(weight: Tensor, first: Tensor, second: Tensor, units: int, *, by_rows: bool) -> Tensor:
-    """Return the four scores that one weight adds to each unit, ``[units, 4]``."""
-    w = weight.detach().float()
+class _Owned(NamedTuple):
+    """A parameter whose lines along a dimension belong to units: ``[units, lines of a unit]``."""
+
+    parameter: Tensor
+    dim: int
+    lines: Tensor
+
+
+def _owned(parts: DecoderParts, place: SubBlock) -> Iterator[_Owned]:
+    for each in parts.input_modules(*place):
+        assert each.rows is not None  # noqa: S101 - units own rows of inputs
+        yield _Owned(each.module.weight, each.dim(rows=True), each.rows)
+        if each.module.bias is not None:
+            yield _Owned(each.module.bias, 0, each.rows)
+    output = parts.output(*place)
+    columns = torch.arange(output.in_features).reshape(parts.units(*place), -1)
+    yield _Owned(output.module.weight, output.dim(rows=False), columns)
+
+
+def _reduced(owned: _Owned, first: Tensor, second: Tensor) -> Tensor:
+    """Return the four scores that one parameter adds to each unit, ``[units, 4]``."""
+    w = owned.parameter.detach().float()
     linear = first * w
     columns = []
     for terms in (linear, linear - 0.5 * w.square() * second):
-        lines = terms.reshape(len(terms), -1) if by_rows else terms.T  # a bias has one a row
+        lines = terms.movedim(owned.dim, 0).reshape(terms.shape[owned.dim], -1)
         columns += [lines.sum(1).abs(), lines.abs().sum(1)]
     scores = torch.stack(columns, 1).double()
-    return scores.reshape(units, -1, len(TAYLOR_SCORES)).sum(1)
+    return scores[owned.lines.to(scores.device)].sum(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -15,21 +17,27 @@ class ConstantOutput(nn.Module):
     Args:
         bias: Constant output, ``[hidden_size]``, or None for zero.
         returns_weights: True in place of attention, which returns ``(output, attention_weights)``.
+        adds_residual: True where a sub-block is handed the residual, as second argument, and
+            returns it with its output added.
     """
 
     bias: nn.Parameter | None
     stands_for_removed = True
 
-    def __init__(self, bias: nn.Parameter | None, *, returns_weights: bool) -> None:
+    def __init__(
+        self, bias: nn.Parameter | None, *, returns_weights: bool, adds_residual: bool = False
+    ) -> None:
         super().__init__()
         self.register_parameter("bias", bias)
-        self.returns_weights = returns_weights
+        self.returns_weights, self.adds_residual = returns_weights, adds_residual
 
     def forward(
-        self, hidden_states: Tensor, *_args: object, **_kwargs: object
+        self, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor | tuple[Tensor, None]:
         """Return the constant, whatever comes in."""
         output: Tensor = hidden_states.new_zeros(()) if self.bias is None else self.bias
+        if self.adds_residual:
+            output = output + (args[0] if args else kwargs["residual"])
         return (output, None) if self.returns_weights else output
 
 

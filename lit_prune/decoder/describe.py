@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lit_prune.decoder.families import family_name
 from lit_prune.decoder.missing import refuse_missing_parts
 from lit_prune.decoder.parts import DecoderParts
+from lit_prune.decoder.projections import is_projection, stores_transposed
 from lit_prune.decoder.spec import (
     KINDS,
     AttentionSpec,
@@ -60,7 +61,7 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         blocks=blocks,
         total_parameters=sum(p.numel() for p in model.parameters()),
         fingerprint=fingerprint(model),
-        refused=tuple(sorted(parts.family.refuses.items())),
+        refused=tuple(sorted(parts.refuses.items())),
         removed_constants=not any(parts.post_norm_path(kind) for kind in KINDS),
     )
 
@@ -197,10 +198,15 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
     ]
     names += family.attention_extras if kind == "attention" else ()
     for path in (*family.inputs(kind), family.output(kind)):
-        linear = layer.get_submodule(path)
-        if not isinstance(linear, nn.Linear) or linear.weight.ndim != 2:
+        linear: Any = layer.get_submodule(path)
+        if (
+            not is_projection(linear)
+            or linear.weight.ndim != 2
+            or stores_transposed(linear) != family.transposed
+        ):
+            wanted = "transformers' Conv1D" if family.transposed else "torch.nn.Linear"
             raise UnsupportedModelError(
-                f"layer {index}: {path} is a {type(linear).__name__}, expected torch.nn.Linear. "
+                f"layer {index}: {path} is a {type(linear).__name__}, expected {wanted}. "
                 "If it is quantised, load the model in bfloat16 or float32."
             )
         names.append(f"{path}.weight")
@@ -216,68 +222,61 @@ def _owned_by_units(parts: DecoderParts, kind: SubBlockKind, name: str) -> bool:
 
 
 def _unit_parameters(parts: DecoderParts, index: int, kind: SubBlockKind, units: int) -> int:
-    rows = sum(p.numel() for linear in parts.inputs(index, kind) for p in linear.parameters())
+    inputs = parts.input_modules(index, kind)
+    rows: int = sum(p.numel() for each in inputs for p in each.module.parameters())
     return (rows + parts.output(index, kind).weight.numel()) // units
 
 
-def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> AttentionSpec:
-    query, key, value = parts.inputs(index, "attention")
-    output = parts.output(index, "attention")
-    head_dim, queries_per_group = parts.head_shape(index)
-    heads, rest = divmod(query.weight.shape[0], head_dim)
-    groups, rest_kv = divmod(key.weight.shape[0], head_dim)
+def _refuse_contradiction(parts: DecoderParts, index: int, kind: SubBlockKind) -> None:
+    """Refuse projections that do not have the rows and columns of the same units."""
+    inputs, output = parts.input_modules(index, kind), parts.output(index, kind)
+    units, width = parts.units(index, kind), parts.unit_width(index, kind)
     consistent = (
-        not rest
-        and not rest_kv
-        and groups > 0
-        and value.weight.shape[0] == key.weight.shape[0]
-        and output.weight.shape[1] == query.weight.shape[0]
-        and heads == groups * queries_per_group
-        and _joins_stream(parts, index, "attention")
+        units > 0
+        and output.in_features == units * width
+        and all(each.out_features == len(each.matrix) for each in inputs)
+        # it reads and writes vectors as wide as the residual stream
+        and {each.in_features for each in inputs} == {parts.hidden_size} == {output.out_features}
     )
-    name = f"{parts.family.layers}.{index}.{parts.family.attention}"
-    if not consistent:
-        raise UnsupportedModelError(
-            f"{name} contradicts itself: q {list(query.weight.shape)}, k "
-            f"{list(key.weight.shape)}, v {list(value.weight.shape)}, o "
-            f"{list(output.weight.shape)}, head_dim {head_dim}, {queries_per_group} "
-            f"query heads per KV group, hidden size {parts.hidden_size}."
-        )
+    if consistent:
+        return
+    family = parts.family
+    paths = (*family.inputs(kind), family.output(kind))
+    shapes = ", ".join(
+        f"{path} {list(each.matrix.shape)}"
+        for path, each in zip(paths, (*inputs, output), strict=True)
+    )
+    if kind == "attention":
+        head_dim, queries = parts.head_shape(index)
+        shapes += f", head_dim {head_dim}, {queries} query heads per KV group"
+    raise UnsupportedModelError(
+        f"{family.layers}.{index}.{parts.sub_block_path(kind)} contradicts itself: {shapes}, "
+        f"hidden size {parts.hidden_size}."
+    )
+
+
+def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> AttentionSpec:
+    _refuse_contradiction(parts, index, "attention")
+    head_dim, queries_per_group = parts.head_shape(index)
+    groups = parts.units(index, "attention")
     return AttentionSpec(
-        name=name,
+        name=f"{parts.family.layers}.{index}.{parts.family.attention}",
         num_kv_groups=groups,
-        queries_per_group=heads // groups,
+        queries_per_group=queries_per_group,
         head_dim=head_dim,
         unit_parameters=_unit_parameters(parts, index, "attention", groups),
         fixed_parameters=fixed,
-        output_bias=output.bias is not None,
+        output_bias=parts.output(index, "attention").bias is not None,
     )
 
 
-def _joins_stream(parts: DecoderParts, index: int, kind: SubBlockKind) -> bool:
-    """Return whether a sub-block reads and writes vectors as wide as the residual stream."""
-    read = {linear.weight.shape[1] for linear in parts.inputs(index, kind)}
-    return read == {parts.hidden_size} == {parts.output(index, kind).weight.shape[0]}
-
-
 def _describe_mlp(parts: DecoderParts, index: int, fixed: int) -> MlpSpec:
-    inputs, down = parts.inputs(index, "mlp"), parts.output(index, "mlp")
-    channels = down.weight.shape[1]
-    name = f"{parts.family.layers}.{index}.{parts.family.mlp}"
-    rows = {linear.weight.shape[0] for linear in inputs}
-    if rows != {channels} or channels == 0 or not _joins_stream(parts, index, "mlp"):
-        paths = (*parts.family.inputs("mlp"), parts.family.output("mlp"))
-        shapes = ", ".join(
-            f"{path} {list(linear.weight.shape)}"
-            for path, linear in zip(paths, (*inputs, down), strict=True)
-        )
-        raise UnsupportedModelError(
-            f"{name} contradicts itself: {shapes}, hidden size {parts.hidden_size}."
-        )
+    _refuse_contradiction(parts, index, "mlp")
+    channels = parts.units(index, "mlp")
     return MlpSpec(
-        name=name,
+        name=f"{parts.family.layers}.{index}.{parts.family.mlp}",
         num_channels=channels,
         unit_parameters=_unit_parameters(parts, index, "mlp", channels),
         fixed_parameters=fixed,
-        output_bias=down.bias is not None,
+        output_bias=parts.output(index, "mlp").bias is not None,
     )

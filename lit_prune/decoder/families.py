@@ -2,92 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
 from lit_prune.config import Granularity
+from lit_prune.decoder.family import Family
 from lit_prune.errors import ConfigError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from lit_prune.decoder.spec import SubBlockKind
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """Paths of the parts, relative to the model (first three) or to one decoder layer.
-
-    A layer computes ``x += scale * post_norm(attention(norm(x)))``, then the same with the MLP,
-    each norm where the family has it. A family that differs from that in a way that no field says
-    must not be entered.
-
-    Attributes:
-        model_type: Hugging Face ``config.model_type``.
-        attention_norm: Norm in front of the attention; None where it reads the stream as it is.
-        attention_post_norm: Norm over what the attention writes, before it is added to the stream.
-        attention_extras: Parameters of the attention that no unit owns (norms over one head), by
-            path.
-        head_counts: Attributes of the attention that say how many query and how many KV heads there
-            are, where its code reads them (most read the weights' shapes).
-        mlp_norm: Norm in front of the MLP, as ``attention_norm``.
-        mlp_post_norm: Norm over what the MLP writes, as ``attention_post_norm``.
-        gate: Gate projection; None where the MLP is ``down(act(up(x)))``.
-        per_layer: Fields of the config, beside ``layer_types``, that list one entry for each layer.
-        residual_scale: Field of the config that multiplies what a sub-block adds to the stream.
-        refuses: Granularities that cannot be removed exactly, each with the reason, a clause.
-        refuses_config: Fields of the config under which nothing can, where they are set (true),
-            each with the reason, a clause.
-
-    Example:
-        >>> Family(model_type="llama").up
-        'mlp.up_proj'
-    """
-
-    model_type: str
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    attention: str = "self_attn"
-    attention_norm: str | None = "input_layernorm"
-    attention_post_norm: str | None = None
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    attention_output: str = "self_attn.o_proj"
-    attention_extras: tuple[str, ...] = ()
-    head_counts: tuple[str, str] | None = None
-    mlp: str = "mlp"
-    mlp_norm: str | None = "post_attention_layernorm"
-    mlp_post_norm: str | None = None
-    gate: str | None = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    mlp_output: str = "mlp.down_proj"
-    per_layer: tuple[str, ...] = ()
-    residual_scale: str | None = None
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    refuses_config: Mapping[str, str] = field(default_factory=dict)
-
-    def inputs(self, kind: SubBlockKind) -> tuple[str, ...]:
-        """Return the projections whose rows belong to units."""
-        if kind == "attention":
-            return (self.query, self.key, self.value)
-        return (self.up,) if self.gate is None else (self.gate, self.up)
-
-    def norms(self, kind: SubBlockKind) -> tuple[str, ...]:
-        """Return the norms that leave with a sub-block."""
-        both = (
-            (self.attention_norm, self.attention_post_norm)
-            if kind == "attention"
-            else (self.mlp_norm, self.mlp_post_norm)
-        )
-        return tuple(path for path in both if path is not None)
-
-    def output(self, kind: SubBlockKind) -> str:
-        """Return the projection whose columns belong to units."""
-        return self.attention_output if kind == "attention" else self.mlp_output
-
 
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _BIDIRECTIONAL = {"use_bidirectional_attention": "a model that looks ahead is no causal one"}
@@ -113,6 +36,22 @@ _BEHIND = Family(  # norms behind only, and over all heads
     mlp_post_norm="post_feedforward_layernorm",
     refuses=_ONE_NORM,
 )
+_FOUR_H = Family(  # Megatron's names
+    model_type="",
+    layers="transformer.h",
+    final_norm="transformer.ln_f",
+    attention="self_attention",
+    query="self_attention.query_key_value",
+    key="self_attention.query_key_value",
+    value="self_attention.query_key_value",
+    attention_output="self_attention.dense",
+    interleaved=True,
+    queries_per_group=None,
+    gate=None,
+    up="mlp.dense_h_to_4h",
+    mlp_output="mlp.dense_4h_to_h",
+)
+_SLOPES = "the slopes of its attention biases (ALiBi) depend on how many heads there are"
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -132,10 +71,129 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="starcoder2", gate=None, up="mlp.c_fc", mlp_output="mlp.c_proj"),
         Family(
             model_type="stablelm",
-            head_counts=("num_heads", "num_key_value_heads"),
+            head_counts={"num_heads": "queries", "num_key_value_heads": "groups"},
             refuses_config={
                 "use_parallel_residual": "attention and MLP of a layer read the same stream",
                 "qk_layernorm": "each head has norms of its own, which are not sliced",
+            },
+        ),
+        Family(
+            model_type="phi3",
+            query="self_attn.qkv_proj",
+            key="self_attn.qkv_proj",
+            value="self_attn.qkv_proj",
+            head_counts={
+                "num_key_value_heads": "groups",
+                "config.num_attention_heads": "queries",
+            },
+            gate="mlp.gate_up_proj",
+            up="mlp.gate_up_proj",
+        ),
+        Family(
+            model_type="gpt2",
+            class_suffix="LMHeadModel",
+            layers="transformer.h",
+            final_norm="transformer.ln_f",
+            attention="attn",
+            attention_norm="ln_1",
+            query="attn.c_attn",
+            key="attn.c_attn",
+            value="attn.c_attn",
+            attention_output="attn.c_proj",
+            transposed=True,
+            queries_per_group=None,
+            head_counts={"num_heads": "queries", "split_size": "width"},
+            mlp_norm="ln_2",
+            gate=None,
+            up="mlp.c_fc",
+            mlp_output="mlp.c_proj",
+            config_names={
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+                "num_key_value_heads": None,
+                "head_dim": None,
+                "intermediate_size": "n_inner",
+            },
+            refuses_config={
+                "scale_attn_by_inverse_layer_idx": "a layer divides its attention by its number, "
+                "and layers are renumbered",
+                "add_cross_attention": "attention to an encoder is not part of a decoder's layer",
+            },
+        ),
+        replace(
+            _FOUR_H,
+            model_type="gpt_neox",
+            layers="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            attention="attention",
+            query="attention.query_key_value",
+            key="attention.query_key_value",
+            value="attention.query_key_value",
+            attention_output="attention.dense",
+            head_dim="head_size",
+            config_names={"num_key_value_heads": None},
+            refuses_config={
+                "use_parallel_residual": "attention and MLP of a layer read the same stream",
+            },
+        ),
+        Family(
+            model_type="opt",
+            layers="model.decoder.layers",
+            final_norm="model.decoder.final_layer_norm",
+            attention_norm="self_attn_layer_norm",
+            attention_output="self_attn.out_proj",
+            queries_per_group=None,
+            head_counts={"num_heads": "queries"},
+            mlp="fc2",
+            mlp_norm="final_layer_norm",
+            mlp_chain=("fc1", "activation_fn", "fc2"),
+            gate=None,
+            up="fc1",
+            mlp_output="fc2",
+            config_names={
+                "num_key_value_heads": None,
+                "head_dim": None,
+                "intermediate_size": "ffn_dim",
+            },
+            needs_config={
+                "do_layer_norm_before": "norms over the residual stream itself would have to stay "
+                "when a sub-block goes",
+            },
+        ),
+        replace(
+            _FOUR_H,
+            model_type="falcon",
+            head_counts={"num_heads": "queries", "num_kv_heads": "groups"},
+            repeats_keys="new_decoder_architecture",
+            config_names={
+                "num_key_value_heads": "num_kv_heads",
+                "head_dim": None,
+                "intermediate_size": "ffn_hidden_size",
+            },
+            refuses_where={"alibi": {"kv_group": _SLOPES}},
+            refuses_config={
+                "parallel_attn": "attention and MLP of a layer read the same stream",
+                "new_decoder_architecture": "attention and MLP of a layer read the same stream",
+            },
+        ),
+        replace(
+            _FOUR_H,
+            model_type="bloom",
+            embedding_norm="transformer.word_embeddings_layernorm",
+            head_counts={"num_heads": "queries"},
+            adds_residual=True,
+            config_names={
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+                "num_key_value_heads": None,
+                "head_dim": None,
+                "intermediate_size": None,
+            },
+            refuses={"kv_group": _SLOPES},
+            refuses_config={
+                "apply_residual_connection_post_layernorm": "a norm stands in the residual stream",
+                "slow_but_exact": "slices of a projection are multiplied one by one, past its "
+                "module",
             },
         ),
     )
@@ -221,21 +279,30 @@ def family_of(model: PreTrainedModel) -> Family:
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
-            f"know. Supported: {', '.join(sorted(FAMILIES))} (causal language models with "
-            "separate q/k/v projections). Declare a new one by "
+            f"know. Supported: {', '.join(sorted(FAMILIES))}. Declare a new one by "
             "lit_prune.decoder.register_family(Family(...)), and check it by "
             "lit_prune.testing.check_family."
         )
-    if not type(model).__name__.endswith("ForCausalLM"):
+    family = FAMILIES[name]
+    if not is_causal_lm(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a causal language model with a head; pass the whole "
-            "…ForCausalLM."
+            f"…{family.class_suffix}."
         )
-    family = FAMILIES[name]
-    for option, reason in family.refuses_config.items():
-        if getattr(model.config, option, None):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has config.{option} set: {reason}. lit_prune prunes "
-                f"{model_type!r} models without it only."
-            )
+    for options, set_, word in (
+        (family.refuses_config, True, "without"),
+        (family.needs_config, False, "with"),
+    ):
+        for option, reason in options.items():
+            if bool(getattr(model.config, option, None)) == set_:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} has config.{option} {'set' if set_ else 'not set'}: "
+                    f"{reason}. lit_prune prunes {model_type!r} models {word} it only."
+                )
     return family
+
+
+def is_causal_lm(model: object) -> bool:
+    """Return whether a model has a language-model head, by the name of its class."""
+    family = FAMILIES.get(family_name(getattr(getattr(model, "config", None), "model_type", None)))
+    return type(model).__name__.endswith((family or Family(model_type="")).class_suffix)

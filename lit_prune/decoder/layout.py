@@ -13,7 +13,7 @@ from lit_prune.decoder.spec import KINDS, SubBlockKind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from lit_prune.decoder.families import Family
+    from lit_prune.decoder.family import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +163,11 @@ def _sub_block(
     }
     biases = tuple(name for name, linear in linears.items() if linear.bias is not None)
     if kind == "mlp":
-        return MlpLayout(parts.output(index, kind).weight.shape[1], biases)
-    head_dim = int(module.head_dim)
+        return MlpLayout(parts.units(index, kind), biases)
+    head_dim, queries_per_group = parts.head_shape(index)
     return AttentionLayout(
-        kv_groups=parts.inputs(index, kind)[1].weight.shape[0] // head_dim,
-        queries_per_group=int(module.num_key_value_groups),
+        kv_groups=parts.units(index, kind),
+        queries_per_group=queries_per_group,
         head_dim=head_dim,
         cache_slot=int(module.layer_idx),
         biases=biases,

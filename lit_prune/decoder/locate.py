@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_prune.decoder.families import FAMILIES, family_name, family_of
+from lit_prune.decoder.families import FAMILIES, family_name, family_of, is_causal_lm
 from lit_prune.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
     whole = {
         path: part
         for path, part in module.named_modules()
-        if isinstance(part, PreTrainedModel) and type(part).__name__.endswith("ForCausalLM")
+        if isinstance(part, PreTrainedModel) and is_causal_lm(part)
     }
     supported = {
         path: part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -33,7 +33,8 @@ def refuse_missing_parts(parts: DecoderParts) -> None:
             ) from error
 
     layers = find(parts.model, family.layers, type(parts.model).__name__)
-    find(parts.model, family.final_norm, type(parts.model).__name__)
+    for path in filter(None, (family.final_norm, family.embedding_norm)):
+        find(parts.model, path, type(parts.model).__name__)
     if not isinstance(layers, nn.ModuleList):
         raise UnsupportedModelError(
             f"{family.layers} is a {type(layers).__name__}, expected a torch.nn.ModuleList of "
@@ -48,7 +49,8 @@ def refuse_missing_parts(parts: DecoderParts) -> None:
                 find(layer, path, where)
             if is_constant(module):
                 continue
-            for path in (*family.inputs(kind), family.output(kind)):
+            chain = family.mlp_chain if kind == "mlp" else ()
+            for path in (*chain, *family.inputs(kind), family.output(kind)):
                 find(layer, path, where)
             if kind == "attention":
                 _check_attention(parts, layer, module, where)
@@ -58,8 +60,12 @@ def _check_attention(
     parts: DecoderParts, layer: nn.Module, attention: nn.Module, where: str
 ) -> None:
     family = parts.family
-    for name in ("head_dim", "num_key_value_groups", *(family.head_counts or ())):
-        if not isinstance(found := getattr(attention, name, None), int):
+    read = (family.head_dim, family.queries_per_group, *family.head_counts)
+    for name in filter(None, read):
+        found: Any = attention
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if not isinstance(found, int):
             raise UnsupportedModelError(
                 f"{where}.{family.attention} has no number {name!r}, which lit_prune reads of "
                 f"{family.model_type!r} models: got {found!r}."

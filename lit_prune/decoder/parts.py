@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from lit_prune.decoder.constant import is_constant
-from lit_prune.decoder.families import Family, family_of
+from lit_prune.decoder.constant import ConstantOutput, is_constant
+from lit_prune.decoder.families import family_of
+from lit_prune.decoder.layer_config import LayerConfig
+from lit_prune.decoder.projections import Projection, rows_by_role
 from lit_prune.decoder.spec import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lit_prune.decoder.family import Family
     from lit_prune.decoder.residual import SubBlock
     from lit_prune.decoder.spec import SubBlockKind
 
@@ -52,8 +57,32 @@ class DecoderParts:
 
     def head_shape(self, layer: int) -> tuple[int, int]:
         """Return head dim and query heads per KV group, as the attention of a layer uses them."""
-        attention: Any = self.sub_block(layer, "attention")
-        return int(attention.head_dim), int(attention.num_key_value_groups)
+        attention, family = self.sub_block(layer, "attention"), self.family
+        head_dim = int(getattr(attention, family.head_dim))
+        if family.queries_per_group is not None:
+            return head_dim, int(getattr(attention, family.queries_per_group))
+        counts = {what: name for name, what in family.head_counts.items()}
+        if not {"queries", "groups"} <= counts.keys():
+            return head_dim, 1
+        heads, groups = (getattr(attention, counts[what]) for what in ("queries", "groups"))
+        return head_dim, int(heads) // int(groups)
+
+    def unit_width(self, layer: int, kind: SubBlockKind) -> int:
+        """Return how many columns of the output projection a unit owns."""
+        return 1 if kind == "mlp" else math.prod(self.head_shape(layer))
+
+    def units(self, layer: int, kind: SubBlockKind) -> int:
+        """Return how many KV groups or channels the weights of a sub-block have."""
+        return self.output(layer, kind).in_features // self.unit_width(layer, kind)
+
+    @property
+    def refuses(self) -> dict[str, str]:
+        """Granularities that this model cannot lose exactly, each with the reason."""
+        found = dict(self.family.refuses)
+        for option, refused in self.family.refuses_where.items():
+            if getattr(self.model.config, option, None):
+                found |= refused
+        return found
 
     def sub_block_path(self, kind: SubBlockKind) -> str:
         """Return the path of a sub-block inside its layer."""
@@ -78,12 +107,27 @@ class DecoderParts:
         name = self.family.residual_scale
         return 1.0 if name is None else float(getattr(self.model.config, name))
 
-    def head_counts(self, layer: int, groups: int) -> dict[str, int]:
-        """Return the attributes of an attention that say so, if it has ``groups`` KV groups."""
-        if self.family.head_counts is None:
-            return {}
-        queries, keys = self.family.head_counts
-        return {queries: groups * self.head_shape(layer)[1], keys: groups}
+    def head_counts(self, layer: int, groups: int) -> dict[str, object]:
+        """Return what an attention's code reads, if it has ``groups`` KV groups, by attribute."""
+        head_dim, queries_per_group = self.head_shape(layer)
+        heads = groups * queries_per_group
+        counted = {"queries": heads, "groups": groups, "width": heads * head_dim}
+        found: dict[str, object] = {}
+        own: dict[str, object] = {}
+        for name, what in self.family.head_counts.items():
+            owner, _, leaf = name.rpartition(".")
+            (own if owner else found)[leaf] = counted[what]
+        if own:
+            found["config"] = LayerConfig(self.model.config, own)
+        return found
+
+    def constant(self, kind: SubBlockKind, bias: nn.Parameter | None) -> ConstantOutput:
+        """Return what can stand in for a sub-block: a bias, or nothing."""
+        return ConstantOutput(
+            bias,
+            returns_weights=kind == "attention",
+            adds_residual=self.family.adds_residual,
+        )
 
     def per_layer(self, layer: int) -> tuple[object, ...]:
         """Return what the config says of one layer, beside the type of its attention."""
@@ -107,17 +151,44 @@ class DecoderParts:
             if self.exists(layer, kind)
         )
 
-    def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
-        """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up)."""
-        return tuple(self._linear(layer, path) for path in self.family.inputs(kind))
+    def inputs(self, layer: int, kind: SubBlockKind) -> tuple[Projection, ...]:
+        """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up).
 
-    def output(self, layer: int, kind: SubBlockKind) -> nn.Linear:
+        Of a fused one, each its own rows.
+        """
+        rows = {path: list(found) for path, found in self._rows(layer, kind).items()}
+        return tuple(
+            self._projection(layer, path, rows[path].pop(0)) for path in self.family.roles(kind)
+        )
+
+    def input_modules(self, layer: int, kind: SubBlockKind) -> tuple[Projection, ...]:
+        """Return the same, each module once: of a fused one, what a unit owns in all its roles."""
+        return tuple(
+            self._projection(layer, path, torch.cat(found, 1))
+            for path, found in self._rows(layer, kind).items()
+        )
+
+    def output(self, layer: int, kind: SubBlockKind) -> Projection:
         """Return the projection whose *columns* belong to units: o or down."""
-        return self._linear(layer, self.family.output(kind))
+        return self._projection(layer, self.family.output(kind))
+
+    def modules(self, layer: int, kind: SubBlockKind) -> tuple[nn.Module, ...]:
+        """Return what leaves with a sub-block: its norms, itself, projections that lie outside."""
+        paths = (*self.norm_paths(kind), self.sub_block_path(kind), *self.family.inputs(kind))
+        return tuple(self.layers[layer].get_submodule(path) for path in dict.fromkeys(paths))
 
     def output_name(self, layer: int, kind: SubBlockKind) -> str:
         """Return the full path of `output`, for messages."""
         return f"{self.family.layers}.{layer}.{self.family.output(kind)}"
+
+    def cached_bytes(self, layer: int) -> int:
+        """Return the bytes of keys and values that one token leaves in the cache of a layer."""
+        repeats = self.family.repeats_keys
+        times = 1
+        if repeats is not None and getattr(self.model.config, repeats, None):
+            times = self.head_shape(layer)[1]
+        _, *cached = self.inputs(layer, "attention")
+        return sum(times * p.out_features * p.module.weight.element_size() for p in cached)
 
     def attended_keys(self, layer: int, context_length: int) -> int:
         """Return how many of ``context_length`` keys a token of this layer attends to."""
@@ -127,7 +198,10 @@ class DecoderParts:
         window = getattr(module, "sliding_window", own)
         return context_length if window is None else min(context_length, int(window))
 
-    def _linear(self, layer: int, path: str) -> nn.Linear:
+    def _projection(self, layer: int, path: str, rows: torch.Tensor | None = None) -> Projection:
         module = self.layers[layer].get_submodule(path)
-        assert isinstance(module, nn.Linear)  # noqa: S101 - describe refuses anything else
-        return module
+        return Projection(module, self.family.transposed, rows)
+
+    def _rows(self, layer: int, kind: SubBlockKind) -> dict[str, tuple[torch.Tensor, ...]]:
+        shape = self.head_shape(layer) if kind == "attention" else (1, 1)
+        return rows_by_role(self.family, kind, self.units(layer, kind), *shape)

@@ -74,22 +74,21 @@ def constant_bytes(model: PreTrainedModel) -> int:
 
 def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_length: int) -> Price:
     layer, kind = place
-    inputs, output = parts.inputs(layer, kind), parts.output(layer, kind)
-    width, units = output.weight.shape[1], output.weight.shape[1]
-    if kind == "attention":
-        head_dim, queries_per_group = parts.head_shape(layer)
-        units = width // (head_dim * queries_per_group)
+    inputs, output = parts.input_modules(layer, kind), parts.output(layer, kind)
+    width, units = output.in_features, parts.units(layer, kind)
     if resource == "flops":
-        flops = 2 * sum(linear.weight.numel() for linear in (*inputs, output))
+        flops = 2 * sum(each.matrix.numel() for each in (*inputs, output))
         if kind == "attention":  # query x key, attention x value
             flops += 2 * 2 * width * parts.attended_keys(layer, context_length)
         return Price(unit=flops // units)
     if resource == "kv_cache_bytes":
-        cached = inputs[1:] if kind == "attention" else ()
-        sizes = (linear.weight.shape[0] * linear.weight.element_size() for linear in cached)
-        return Price(unit=sum(sizes) // units)
-    norms = [parts.layers[layer].get_submodule(path) for path in parts.norm_paths(kind)]
-    whole = sum(p.nbytes for m in (*norms, parts.sub_block(layer, kind)) for p in m.parameters())
-    owned = output.weight.nbytes + sum(p.nbytes for linear in inputs for p in linear.parameters())
+        cached = parts.cached_bytes(layer) if kind == "attention" else 0
+        return Price(unit=cached // units)
+    modules = parts.modules(layer, kind)
+    parameters = {id(p): p for module in modules for p in module.parameters()}
+    whole = sum(p.nbytes for p in parameters.values())
+    owned = output.weight.nbytes + sum(
+        p.nbytes for each in inputs for p in each.module.parameters()
+    )
     bias = parts.hidden_size * output.weight.element_size()
     return Price(unit=owned // units, fixed=whole - owned, bias=bias)

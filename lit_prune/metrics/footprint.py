@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.decoder import DecoderParts
+from lit_prune.decoder.projections import is_projection
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
 from lit_prune.metrics.peak import measure_peak
@@ -115,7 +116,7 @@ def footprint_of(
         + sum(_attention_flops(*where, context_length) for where in attention),
         head_flops_per_token=0 if head is None else 2 * head.weight.numel(),
         context_length=context_length,
-        kv_cache_bytes_per_token=sum(_kv_bytes(*where) for where in attention),
+        kv_cache_bytes_per_token=sum(parts.cached_bytes(layer) for _, layer in attention),
         decoder_weight_bytes=sum(p.nbytes for p in parts.layers.parameters()),
         weight_bytes=_storage_bytes(model.parameters()),
     )
@@ -132,17 +133,13 @@ def _num_parameters(parameters: Iterable[nn.Parameter]) -> int:
 def _linear_flops(layers: nn.Module) -> int:
     # `remove_duplicate` stays off: a linear that is used twice is computed twice
     modules = (module for _, module in layers.named_modules(remove_duplicate=False))
-    return sum(2 * module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+    linears: Any = (module for module in modules if is_projection(module))
+    return sum(2 * linear.weight.numel() for linear in linears)
 
 
 def _attention_flops(parts: DecoderParts, layer: int, context_length: int) -> int:
-    query_width = parts.inputs(layer, "attention")[0].weight.shape[0]  # heads * head_dim
+    query_width = parts.inputs(layer, "attention")[0].out_features  # heads * head_dim
     return 2 * 2 * query_width * parts.attended_keys(layer, context_length)
-
-
-def _kv_bytes(parts: DecoderParts, layer: int) -> int:
-    _, key, value = parts.inputs(layer, "attention")
-    return sum(linear.weight.shape[0] * linear.weight.element_size() for linear in (key, value))
 
 
 def _storage_bytes(parameters: Iterable[nn.Parameter]) -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.decoder import DecoderParts, SubBlock, call_of, quiet, spec_for
+from lit_prune.decoder.projections import kept_lines, stores_transposed
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.latency import device_words, synchronize
 
@@ -27,6 +28,7 @@ _MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 # In a whole model the weights of one sub-block have left the caches when their turn comes again.
 # Copies of it take turns here, as many as the model has, until they surely fill a cache.
 _COLD_BYTES = 1 << 28
+_CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,8 +148,7 @@ class _Calls:
         cache = self._cache()
         calls = []
         for number, (hidden, others) in enumerate(zip(self.entering, self.others, strict=True)):
-            if others.get("past_key_values") is not None:
-                others = {**others, "past_key_values": cache}
+            others = {n: cache if isinstance(x, type(cache)) else x for n, x in others.items()}
             calls.append((twins[number % len(twins)], hidden, others))
         device = self.entering[0].device
         synchronize(device)
@@ -188,9 +189,7 @@ def _record(
             (norm or module).register_forward_pre_hook(
                 partial(_keep_input, calls.entering), with_kwargs=True
             ),
-            module.register_forward_pre_hook(
-                partial(_keep_keywords, calls.others), with_kwargs=True
-            ),
+            module.register_forward_pre_hook(partial(_keep_others, calls.others), with_kwargs=True),
         ]
     try:
         cache = fresh()
@@ -208,25 +207,25 @@ def _keep_input(
     seen.append(args[0] if args else kwargs["hidden_states"])
 
 
-def _keep_keywords(
-    seen: list[dict[str, Any]], _module: nn.Module, _args: object, kwargs: dict[str, Any]
+def _keep_others(
+    seen: list[dict[str, Any]], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    seen.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+    seen.append(call_of(module, args, kwargs)[1])
 
 
 def _twins(parts: DecoderParts, place: SubBlock, count: int, most: int) -> list[nn.Module]:
     """Return copies of a sub-block that keep the first ``count`` units."""
     narrow: dict[int, Tensor] = {}
     output = parts.output(*place)
-    rows = (1,) * len(parts.inputs(*place))  # of gate and up, for each channel
-    if place[1] == "attention":  # of q, k and v, for each KV group
-        head_dim, queries = parts.head_shape(place[0])
-        rows = (head_dim * queries, head_dim, head_dim)
-    for linear, each in zip(parts.inputs(*place), rows, strict=True):
-        for parameter in linear.parameters():
-            narrow[id(parameter)] = parameter[: count * each]
-    narrow[id(output.weight)] = output.weight[:, : count * rows[0]]
-    module = parts.sub_block(*place)
+    for each in parts.input_modules(*place):
+        assert each.rows is not None  # noqa: S101 - units own rows of inputs
+        lines = kept_lines(each.rows, range(count)).to(output.weight.device)
+        for parameter in each.module.parameters():
+            dim = 0 if parameter.ndim == 1 else each.dim(rows=True)
+            narrow[id(parameter)] = parameter.index_select(dim, lines)
+    columns = output.weight[:, : count * parts.unit_width(*place)]
+    narrow[id(output.module.weight)] = output.oriented(columns)
+    module = _whole(parts, place)
     kept = (narrow.get(id(p), p) for p in module.parameters())
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in kept)
     number = min(most, -(-_COLD_BYTES // max(num_bytes, 1)))
@@ -239,12 +238,23 @@ def _twins(parts: DecoderParts, place: SubBlock, count: int, most: int) -> list[
     twins = []
     for _ in range(number):
         own = {
-            key: nn.Parameter(tensor.detach().clone(), requires_grad=False)
+            key: nn.Parameter(tensor.detach().clone(memory_format=_CONTIGUOUS), requires_grad=False)
             for key, tensor in narrow.items()
         }
         twin = copy.deepcopy(module, {**shared, **own})
         if place[1] == "attention":
             for name, value in parts.head_counts(place[0], count).items():
                 setattr(twin, name, value)
+        for part in filter(stores_transposed, twin.modules()):
+            conv: Any = part  # its forward reads its width, a linear's does not
+            conv.nx, conv.nf = conv.weight.shape
         twins.append(twin)
     return twins
+
+
+def _whole(parts: DecoderParts, place: SubBlock) -> nn.Module:
+    """Return a sub-block as one module, also where its pieces lie in the layer itself."""
+    chain = parts.family.mlp_chain if place[1] == "mlp" else ()
+    if not chain:
+        return parts.sub_block(*place)
+    return nn.Sequential(*(parts.layers[place[0]].get_submodule(path) for path in chain))

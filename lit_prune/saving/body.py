@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.decoder import FAMILIES, Family
+from lit_prune.decoder import FAMILIES, KINDS, Family, SubBlockKind
+from lit_prune.decoder.families import family_name
 from lit_prune.decoder.layout import (
     AttentionLayout,
     LayerLayout,
@@ -16,6 +17,7 @@ from lit_prune.decoder.layout import (
     layout_of,
     projections,
 )
+from lit_prune.decoder.projections import rows_by_role, unit_rows
 from lit_prune.saving.weights import tensors_of
 
 if TYPE_CHECKING:
@@ -127,29 +129,29 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
         widths: At least as wide as the layer.
         biased: Names of the projections that have a bias, a zero one where the layer has none.
     """
-    family, layer = body.family, body.layers[index]
+    family = body.family
     prefix = f"{family.layers}.{index}."
     own = {n.removeprefix(prefix): t for n, t in body.tensors.items() if n.startswith(prefix)}
     like = next(iter(body.tensors.values()))
     wide: dict[str, Tensor] = {}
-    for path, (narrow, new) in _units(body, layer, widths).items():
-        weight, bias = own.get(f"{path}.weight"), own.get(f"{path}.bias")
-        narrow_rows, new_rows = (*narrow, body.hidden_size), (*new, body.hidden_size)
-        if path in (
-            family.output("attention"),
-            family.output("mlp"),
-        ):  # its columns belong to units
-            columns = None if weight is None else weight.T
-            grown = _grow(columns, narrow_rows, new_rows, like).flatten(0, -2).T.contiguous()
-            # of a removed sub-block: its constant
-            bias = own.get(f"{path.rpartition('.')[0]}.bias") if bias is None else bias
-            full_bias = like.new_zeros(body.hidden_size) if bias is None else bias
-        else:
-            grown = _grow(weight, narrow_rows, new_rows, like).flatten(0, -2)
-            full_bias = _grow(bias, narrow, new, like).flatten()
-        wide[f"{path}.weight"] = grown
-        if path.rpartition(".")[2] in biased:
-            wide[f"{path}.bias"] = full_bias
+    for kind in KINDS:
+        here, there = _rows(body, index, kind), _rows(body, index, kind, widths)
+        for path in projections(family, kind):
+            weight, bias = own.get(f"{path}.weight"), own.get(f"{path}.bias")
+            places = here[path], there[path]
+            # units own rows of an input, columns of an output; either is stored across in places
+            across = (path == family.output(kind)) != family.transposed
+            lines = None if weight is None else weight.T if across else weight
+            grown = _grow(lines, *places, (body.hidden_size,), like)
+            wide[f"{path}.weight"] = grown.T.contiguous() if across else grown
+            if path.rpartition(".")[2] not in biased:
+                continue
+            if path == family.output(kind):  # of a removed sub-block: its constant
+                home = family.attention if kind == "attention" else family.mlp
+                bias = own.get(f"{home}.bias") if bias is None else bias
+                wide[f"{path}.bias"] = like.new_zeros(body.hidden_size) if bias is None else bias
+            else:
+                wide[f"{path}.bias"] = _grow(bias, *places, (), like)
     # where a sub-block went, its norms may hold anything
     for norm in (*family.norms("attention"), *family.norms("mlp")):
         for leaf in ("weight", "bias"):  # those of the last one, which is of the same class
@@ -161,32 +163,38 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
     return wide
 
 
-def _units(
-    body: Body, layer: LayerLayout, widths: Widths
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the units of each projection as axes, in the layer and widened."""
-    groups = queries = channels = 0
-    if isinstance(layer.attention, AttentionLayout):
-        groups, queries = layer.attention.kv_groups, layer.attention.queries_per_group
-    if isinstance(layer.mlp, MlpLayout):
-        channels = layer.mlp.channels
-    d = body.head_dim
-    heads = (groups, queries, d), (widths.kv_groups, widths.queries_per_group, d)
-    keys = (groups, d), (widths.kv_groups, d)
-    query, key, value, output = projections(body.family, "attention")
-    mlp = dict.fromkeys(projections(body.family, "mlp"), ((channels,), (widths.channels,)))
-    return {query: heads, key: keys, value: keys, output: heads, **mlp}
+def _rows(
+    body: Body, index: int, kind: SubBlockKind, widths: Widths | None = None
+) -> dict[str, tuple[Tensor, ...]]:
+    """Return which lines of each projection every unit owns, in a layer as it is or in widths."""
+    part = body.layers[index].attention if kind == "attention" else body.layers[index].mlp
+    units, queries = 0, 1
+    if isinstance(part, AttentionLayout):
+        units, queries = part.kv_groups, part.queries_per_group
+    elif isinstance(part, MlpLayout):
+        units = part.channels
+    if widths is not None:
+        units = widths.kv_groups if kind == "attention" else widths.channels
+        queries = widths.queries_per_group
+    width = queries * body.head_dim if kind == "attention" else 1
+    rows = rows_by_role(body.family, kind, units, body.head_dim, queries)
+    return {**rows, body.family.output(kind): unit_rows((width,), units)}
 
 
 def _grow(
-    old: Tensor | None, narrow: tuple[int, ...], new: tuple[int, ...], like: Tensor
+    old: Tensor | None,
+    here: tuple[Tensor, ...],
+    there: tuple[Tensor, ...],
+    rest: tuple[int, ...],
+    like: Tensor,
 ) -> Tensor:
-    """Put a tensor into a corner of zeros."""
-    if old is not None and narrow == new:
-        return old.reshape(new)
-    grown = (like if old is None else old).new_zeros(new)
-    if old is not None:
-        grown[tuple(slice(size) for size in narrow)] = old.reshape(narrow)
+    """Put the lines of every unit where they belong among zeros, for each role."""
+    grown = (like if old is None else old).new_zeros((sum(rows.numel() for rows in there), *rest))
+    if old is None:
+        return grown
+    for narrow, wide in zip(here, there, strict=True):
+        units, width = narrow.shape
+        grown[wide[:units, :width].to(grown.device)] = old[narrow.to(grown.device)]
     return grown
 
 
@@ -226,6 +234,8 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 
 def _plain_residual(model: PreTrainedModel) -> bool:
     """Whether embeddings and outputs enter the residual stream as they are (Granite may scale)."""
+    if FAMILIES[family_name(model.config.model_type)].embedding_norm is not None:
+        return False
     scales = ("embedding_multiplier", "residual_multiplier")
     plain = type(model.get_input_embeddings()) is torch.nn.Embedding  # Gemma's scales
     return plain and all(getattr(model.config, name, 1) == 1 for name in scales)

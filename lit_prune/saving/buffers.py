@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_prune.decoder import DecoderParts
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.weights import computed_buffers
 
@@ -49,7 +50,9 @@ def restore_buffers(model: PreTrainedModel, saved: dict[str, Tensor], device: to
     Raises:
         ArtifactError: If one is far larger than a head, or a saved one does not fit.
     """
-    head_dim = max(d for m in model.modules() if isinstance(d := getattr(m, "head_dim", None), int))
+    parts = DecoderParts(model)
+    attentions = (layer for layer, kind in parts.places() if kind == "attention")
+    head_dim = parts.head_shape(next(attentions))[0]
     empty = computed_buffers(model)
     if huge := [name for name, buffer in empty.items() if buffer.numel() > head_dim]:
         raise ArtifactError(

@@ -6,9 +6,10 @@ multipliers at one it computes what Llama, Mistral and Qwen2 compute.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder import FAMILIES
 from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
@@ -19,6 +20,8 @@ from lit_prune.saving.skeleton import as_read, build, stock_classes
 from lit_prune.saving.weights import dtypes_of, tensors_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from lit_prune.saving.body import Body, Widths
@@ -38,6 +41,8 @@ class Target:
         divisor: Whether the number of heads must divide the hidden size.
         unlike: What it has and the carrier has not, or None where the carrier computes the same.
         even_heads: Whether heads are always ``hidden_size / heads`` wide.
+        even_rope: Types of rotary positions under which they are.
+        channels: Channels of every MLP, as a multiple of the hidden size, where none can be chosen.
     """
 
     flags: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -45,9 +50,23 @@ class Target:
     divisor: bool = False
     unlike: str | None = None
     even_heads: bool = False
+    even_rope: frozenset[str] = frozenset()
+    channels: int | None = None
+
+    def widened(self, body: Body, widths: Widths, config: Mapping[str, Any]) -> Widths:
+        """Return the narrowest widths that it can express, at least these."""
+        kinds = {str((config.get("rope_parameters") or {}).get("rope_type"))}
+        if self.even_heads or kinds & self.even_rope:
+            heads = body.hidden_size // body.head_dim
+            widths = replace(widths, kv_groups=heads // widths.queries_per_group)
+        if self.channels is not None:
+            widths = replace(widths, channels=self.channels * body.hidden_size)
+        return widths
 
 
 _ONLY_ATTENTION = {"attention_bias": _ATTENTION}
+_DENSE = frozenset({"query_key_value", "dense"})
+_FOUR_H = frozenset({"dense_h_to_4h", "dense_4h_to_h"})
 _BEHIND = "norms behind sub-blocks"
 _BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
@@ -70,11 +89,34 @@ TARGETS = {
     "stablelm": Target(
         flags={"use_qkv_bias": _QKV}, even_heads=True, unlike="partly rotary positions"
     ),
+    "phi3": Target(even_rope=frozenset({"longrope"}), unlike="fused projections"),
+    "gpt2": Target(
+        always=frozenset({"c_attn", "c_fc", "c_proj"}), even_heads=True, unlike="learned positions"
+    ),
+    "gpt_neox": Target(
+        flags={"attention_bias": _DENSE},
+        always=_FOUR_H,
+        even_heads=True,
+        unlike="MLPs without a gate",
+    ),
+    "opt": Target(
+        flags={"enable_bias": _QKV | {"out_proj", "fc1", "fc2"}},
+        even_heads=True,
+        unlike="learned positions",
+    ),
+    "falcon": Target(
+        flags={"bias": _DENSE | _FOUR_H}, even_heads=True, unlike="MLPs without a gate"
+    ),
+    "bloom": Target(
+        always=_DENSE | _FOUR_H, even_heads=True, channels=4, unlike="biases of the attention"
+    ),
 }
 CARRIER = "granite"
 
 
-def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> PreparedDirectory:
+def carry(
+    model: PreTrainedModel, body: Body, widths: Widths, name: str, *, padded: bool
+) -> PreparedDirectory:
     """Prepare a decoder of one width in its own stock class, or else in the carrier.
 
     Args:
@@ -82,6 +124,7 @@ def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> Prep
         body: The decoder.
         widths: Of all layers.
         name: Format, for messages.
+        padded: Whether layers may be widened to what a class can express.
 
     Raises:
         FormatError: If neither class can hold it; says what blocks each.
@@ -89,17 +132,26 @@ def carry(model: PreTrainedModel, body: Body, widths: Widths, name: str) -> Prep
     needed = _needed(body)
     refusals = []
     for target in _targets(body):
-        reason = _blocked(model, body, widths, target, needed)
+        wide = _wide(model, body, widths, target) if padded else widths
+        reason = _blocked(model, body, wide, target, needed)
         if reason is None:
-            return _in(model, body, widths, target, needed, name)
+            return _in(model, body, wide, target, needed, name)
         refusals.append(reason)
     raise FormatError(name, "; ".join(refusals))
 
 
-def can_carry(model: PreTrainedModel, body: Body, widths: Widths) -> bool:
-    """Return whether `carry` would find a class, without making anything."""
+def can_pad_into(model: PreTrainedModel, body: Body, widths: Widths) -> bool:
+    """Return whether `carry` would find a class to pad into, without making anything."""
     needed = _needed(body)
-    return any(_blocked(model, body, widths, target, needed) is None for target in _targets(body))
+    return any(
+        _blocked(model, body, _wide(model, body, widths, target), target, needed) is None
+        for target in _targets(body)
+    )
+
+
+def _wide(model: PreTrainedModel, body: Body, widths: Widths, target: str) -> Widths:
+    can = TARGETS.get(target)
+    return widths if can is None else can.widened(body, widths, model.config.to_dict())
 
 
 def _targets(body: Body) -> tuple[str, ...]:
@@ -140,10 +192,16 @@ def _blocked(
             f"it has {heads} heads in each layer, {class_name} needs a divisor of hidden_size "
             f"{body.hidden_size}"
         )
-    if can.even_heads and heads * body.head_dim != body.hidden_size:
+    fixed = can.widened(body, widths, model.config.to_dict())
+    if fixed.kv_groups != widths.kv_groups or (can.even_heads and body.hidden_size % body.head_dim):
         return (
             f"it has {heads} heads of {body.head_dim} in each layer, those of {class_name} are "
             f"hidden_size {body.hidden_size} wide together"
+        )
+    if fixed.channels != widths.channels:
+        return (
+            f"it has {widths.channels} channels in each layer, {class_name} always has "
+            f"{fixed.channels}"
         )
     own = body.family.model_type
     if target == own:
@@ -187,15 +245,15 @@ def _in(
         for listed in ("layer_types", *body.family.per_layer):
             if raw.get(listed) is not None:
                 raw[listed] = [raw[listed][index] for index in body.layers]
-    raw |= flags | {
-        "model_type": target,
-        "architectures": [model_class.__name__],
+    sizes = {
         "num_hidden_layers": len(body.layers),
         "head_dim": body.head_dim,
         "num_key_value_heads": widths.kv_groups,
         "num_attention_heads": widths.kv_groups * widths.queries_per_group,
         "intermediate_size": widths.channels,
     }
+    raw |= flags | FAMILIES[target].in_config(sizes)
+    raw |= {"model_type": target, "architectures": [model_class.__name__]}
     config = as_read(raw)
     skeleton = build(config)
     if difference(skeleton, model) is None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # What a forward reads from an attention module besides its weights.
 _TRAITS = (
     "head_dim",
+    "head_size",
     "scaling",
     "sliding_window",
     "is_causal",

@@ -97,12 +97,13 @@ def _empty(raw: dict[str, Any], found: dict[str, tuple[tuple[int, ...], str]]) -
     Raises:
         ArtifactError: If config and weights contradict each other.
     """
-    prefix = re.escape(FAMILIES[family_named(raw)].layers)
+    family = FAMILIES[family_named(raw)]
+    prefix = re.escape(family.layers)
     layers = {m[1] for name in found if (m := re.match(rf"{prefix}\.(\d+)\.", name))}
-    if raw.get("num_hidden_layers") != len(layers):
+    (said,) = family.in_config({"num_hidden_layers": None})
+    if raw.get(said) != len(layers):
         raise ArtifactError(
-            f"config.json speaks of {raw.get('num_hidden_layers')!r:.40} layers, the weights "
-            f"hold {len(layers)}."
+            f"config.json speaks of {raw.get(said)!r:.40} layers, the weights hold {len(layers)}."
         )
     model = build(raw)
     wanted = tensors_of(model)[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_prune.saving.body import Widths, body_of
-from lit_prune.saving.carrier import can_carry, carry
+from lit_prune.saving.carrier import can_pad_into, carry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def padded(model: PreTrainedModel) -> PreparedDirectory:
-    """Prepare a model in the widths of its widest layer.
+    """Prepare a model in the widths of its widest layer, or in those that its class insists on.
 
     A query or key head of zeros attends evenly to values of zeros, and meets columns of zeros in
     the output projection; a missing sub-block is one of zeros, with its constant as the bias.
@@ -27,10 +27,10 @@ def padded(model: PreTrainedModel) -> PreparedDirectory:
         FormatError: If no class of transformers holds the biases.
     """
     body = body_of(model)
-    return carry(model, body, Widths.of(body), "padded")
+    return carry(model, body, Widths.of(body), "padded", padded=True)
 
 
 def can_pad(model: PreTrainedModel) -> bool:
     """Return whether `padded` can hold a model, without making the zeros."""
     body = body_of(model)
-    return can_carry(model, body, Widths.of(body))
+    return can_pad_into(model, body, Widths.of(body))

@@ -122,7 +122,7 @@ class PreparedDirectory(Prepared):
             "format": self.format,
             "class": self.class_name,
             "model_type": self.config["model_type"],
-            "layers": self.config["num_hidden_layers"],
+            "layers": len(DecoderParts(self.skeleton).layers),
             "dtype": self.config["dtype"],
             "tied": self.ties,
             "fingerprint": fingerprint(self.skeleton),
@@ -203,9 +203,10 @@ def plain_config(model: PreTrainedModel) -> dict[str, Any]:
         for k, v in model.config.to_dict().items()
         if not k.startswith("_") and k not in _NOT_CARRIED
     }
+    parts = DecoderParts(model)
     raw |= {
         "dtype": str(model.dtype).removeprefix("torch."),
         "tie_word_embeddings": bool(tensors_of(model)[1]),  # what is so, whatever the config says
-        "num_hidden_layers": len(DecoderParts(model).layers),
     }
+    raw |= parts.family.in_config({"num_hidden_layers": len(parts.layers)})
     return as_read(raw)

@@ -26,7 +26,7 @@ def stock(model: PreTrainedModel) -> PreparedDirectory:
     """
     body = body_of(model)
     _refuse_differences(body)
-    return carry(model, body, Widths.of(body), "stock")
+    return carry(model, body, Widths.of(body), "stock", padded=False)
 
 
 def _refuse_differences(body: Body) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lit_prune.decoder import (
     LEADING,
     AttentionSpec,
-    ConstantOutput,
     DecoderParts,
     DecoderSpec,
     SubBlock,
@@ -22,6 +21,7 @@ from lit_prune.decoder import (
     spec_for,
 )
 from lit_prune.decoder.layout import layout_of
+from lit_prune.decoder.projections import kept_lines
 from lit_prune.errors import SurgeryError
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery.cache import cache_slots
@@ -163,23 +163,12 @@ def stage(
             continue
         if counts[place] < part.num_units:
             kept = plan.layers[index].kept(part.kind)
-            _slice(
-                edits,
-                parts,
-                place,
-                kept,
-                part.head_dim if isinstance(part, AttentionSpec) else None,
-                part.unit_width,
-                weights.get(place),
-            )
-            if part.kind == "attention":
-                attention = parts.sub_block(*place)
-                for name, count in parts.head_counts(index, len(kept)).items():
-                    edits.attribute(attention, name, count)
+            _slice(edits, parts, place, kept, weights.get(place))
         elif place in weights:
-            edits.parameter(parts.output(*place), "weight", weights[place])
+            output = parts.output(*place)
+            edits.parameter(output.module, "weight", output.oriented(weights[place]))
         if place in biases:
-            linear = parts.output(*place)
+            linear = parts.output(*place).module
             bias = biases[place] + (0 if linear.bias is None else linear.bias.double().cpu())
             edits.parameter(
                 linear, "bias", bias, like=linear.weight if linear.bias is None else linear.bias
@@ -195,28 +184,26 @@ def _slice(
     parts: DecoderParts,
     place: SubBlock,
     kept: tuple[int, ...],
-    head_dim: int | None,
-    unit_width: int,
     compensated: Tensor | None,
 ) -> None:
-    columns = unit_columns(kept, unit_width)
     output = parts.output(*place)
-    edits.parameter(
-        output,
-        "weight",
-        output.weight[:, columns.to(output.weight.device)] if compensated is None else compensated,
-        kept=(1, columns),
-    )
-    edits.attribute(output, "in_features", len(columns))
-    for number, linear in enumerate(parts.inputs(*place)):
-        # q rows are laid out like o columns, whole groups of query heads; k and v have one head for
-        # each group
-        rows = columns if head_dim is None or number == 0 else unit_columns(kept, head_dim)
-        rows = rows.to(linear.weight.device)
-        edits.parameter(linear, "weight", linear.weight[rows], kept=(0, rows))
-        if linear.bias is not None:
-            edits.parameter(linear, "bias", linear.bias[rows], kept=(0, rows))
-        edits.attribute(linear, "out_features", len(rows))
+    device = output.module.weight.device
+    columns = unit_columns(kept, parts.unit_width(*place)).to(device)
+    weight = output.weight[:, columns] if compensated is None else compensated
+    dim = output.dim(rows=False)
+    edits.parameter(output.module, "weight", output.oriented(weight), kept=(dim, columns))
+    edits.attribute(output.module, output.size_names()[1], len(columns))
+    for each in parts.input_modules(*place):
+        assert each.rows is not None  # noqa: S101 - units own rows of inputs
+        lines, module = kept_lines(each.rows, kept).to(device), each.module
+        weight, dim = each.oriented(each.matrix[lines]), each.dim(rows=True)
+        edits.parameter(module, "weight", weight, kept=(dim, lines))
+        if module.bias is not None:
+            edits.parameter(module, "bias", module.bias[lines], kept=(0, lines))
+        edits.attribute(module, each.size_names()[0], len(lines))
+    if place[1] == "attention":
+        for name, value in parts.head_counts(place[0], len(kept)).items():
+            edits.attribute(parts.sub_block(*place), name, value)
 
 
 def _remove(
@@ -229,10 +216,13 @@ def _remove(
         new = constant.to(device=like.device, dtype=like.dtype).clone()
         bias = nn.Parameter(new, requires_grad=like.requires_grad)
         edits.added(bias, beside=like)
-    module = ConstantOutput(bias, returns_weights=kind == "attention")
+    module = parts.constant(kind, bias)
     module.train(parts.sub_block(index, kind).training)
-    norms = {path: nn.Identity().train(module.training) for path in parts.norm_paths(kind)}
-    for path, new_module in {parts.sub_block_path(kind): module, **norms}.items():
+    home = parts.sub_block_path(kind)
+    outside = (p for p in parts.family.inputs(kind) if not p.startswith(f"{home}."))
+    gone = (*parts.norm_paths(kind), *outside)
+    left = {path: nn.Identity().train(module.training) for path in gone}
+    for path, new_module in {home: module, **left}.items():
         parent, _, leaf = path.rpartition(".")
         edits.attribute(parts.layers[index].get_submodule(parent), leaf, new_module)
 
@@ -270,7 +260,7 @@ def _restack(
     groups = {counts.get((index, "attention"), 0) for index in blocks}
     channels = {counts.get((index, "mlp"), 0) for index in blocks}
     queries = {part.queries_per_group for part in attentions}
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "num_hidden_layers": len(blocks),
         "head_dim": attentions[0].head_dim,
     }
@@ -291,7 +281,7 @@ def _restack(
     for config in configs.values():
         if getattr(config, "layer_types", None) is not None:
             fields["layer_types"] = list(types)
-        for name, value in fields.items():
+        for name, value in parts.family.in_config(fields).items():
             if getattr(config, name, None) != value:
                 edits.attribute(config, name, value)
 

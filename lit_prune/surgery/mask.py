@@ -43,30 +43,30 @@ def masked(
         for index, part in spec.sub_blocks:
             kept = plan.layers[index].kept(part.kind)
             linear = parts.output(index, part.kind)
+            like = linear.weight
             constant = constants.get((index, part.kind))
             if constant is not None:
-                constant = constant.to(linear.weight.device, linear.weight.dtype)
+                constant = constant.to(like.device, like.dtype)
             after = parts.post_norm_path(part.kind)
             if not kept and after is not None:  # it leaves too
                 norm = parts.layers[index].get_submodule(after)
                 handles.append(norm.register_forward_hook(partial(_replace, None)))
             elif not kept:
-                handles.append(linear.register_forward_hook(partial(_replace, constant)))
+                handles.append(linear.module.register_forward_hook(partial(_replace, constant)))
             elif compensation is not None and (index, part.kind) in compensation.weights:
-                columns = unit_columns(kept, part.unit_width).to(linear.weight.device)
-                weight = compensation.weights[index, part.kind]
-                weight = weight.to(linear.weight.device, linear.weight.dtype)
+                columns = unit_columns(kept, part.unit_width).to(like.device)
+                weight = compensation.weights[index, part.kind].to(like.device, like.dtype)
                 handles.append(
-                    linear.register_forward_hook(partial(_recompute, columns, weight, constant))
+                    linear.module.register_forward_hook(
+                        partial(_recompute, columns, weight, linear.bias, constant)
+                    )
                 )
             elif len(kept) < part.num_units:
-                mask = torch.zeros(
-                    linear.weight.shape[1], device=linear.weight.device, dtype=linear.weight.dtype
-                )
+                mask = like.new_zeros(linear.in_features)
                 mask[unit_columns(kept, part.unit_width)] = 1
-                handles.append(linear.register_forward_pre_hook(partial(_mask, mask)))
+                handles.append(linear.module.register_forward_pre_hook(partial(_mask, mask)))
                 if constant is not None:
-                    handles.append(linear.register_forward_hook(partial(_add, constant)))
+                    handles.append(linear.module.register_forward_hook(partial(_add, constant)))
         yield
     finally:
         for handle in handles:
@@ -84,12 +84,13 @@ def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) ->
 def _recompute(
     columns: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     constant: Tensor | None,
-    module: nn.Linear,
+    _module: nn.Module,
     args: tuple[Tensor, ...],
     _output: Tensor,
 ) -> Tensor:
-    output = nn.functional.linear(args[0][..., columns], weight, module.bias)
+    output = nn.functional.linear(args[0][..., columns], weight, bias)
     return output if constant is None else output + constant
 
 

@@ -104,13 +104,11 @@ def _differences(model: PreTrainedModel, shapes: Shapes) -> list[str]:
 
 def _units(parts: DecoderParts, place: SubBlock, shapes: Shapes) -> int:
     """Return how many units the weights of a sub-block have; 0 where there are none."""
-    index, kind = place
-    family, layer = parts.family, _layer(parts.family, index)
-    if kind == "mlp":
-        shape = shapes.get(f"{layer}.{family.mlp_output}.weight")
-        return 0 if shape is None else shape[1]
-    shape = shapes.get(f"{layer}.{family.key}.weight")
-    return 0 if shape is None else shape[0] // parts.head_shape(index)[0]
+    family, layer = parts.family, _layer(parts.family, place[0])
+    shape = shapes.get(f"{layer}.{family.output(place[1])}.weight")
+    if shape is None:
+        return 0
+    return shape[parts.output(*place).dim(rows=False)] // parts.unit_width(*place)
 
 
 def _bias(parts: DecoderParts, place: SubBlock, count: int) -> str:

@@ -331,5 +331,6 @@ def _add_parameter(parts: DecoderParts) -> None:
 
 
 def _widen(parts: DecoderParts) -> None:
-    linear = parts.output(len(parts.layers) - 1, "mlp")
-    linear.weight = nn.Parameter(torch.cat([linear.weight, linear.weight[:, :1]], 1).detach())
+    output = parts.output(len(parts.layers) - 1, "mlp")
+    wide = torch.cat([output.weight, output.weight[:, :1]], 1).detach()
+    output.module.weight = nn.Parameter(output.oriented(wide).contiguous())

@@ -3,7 +3,7 @@ import torch
 
 from lit_prune.calibration import RecordedRun, Unit, bypass_units
 from lit_prune.calibration.bypass import silenced
-from lit_prune.decoder import DecoderParts, quiet, spec_for
+from lit_prune.decoder import ConstantOutput, DecoderParts, quiet, spec_for
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.surgery import apply_plan
 from tests.models import padded_batch, tiny_model, tiny_rows
@@ -61,7 +61,7 @@ def test_an_error_in_a_silenced_forward_brings_the_module_back():
     module = model.model.layers[0].mlp
 
     def interrupted():
-        with silenced(module, returns_weights=False):
+        with silenced(module, ConstantOutput(None, returns_weights=False)):
             assert not module(torch.ones(1, 2, 32)).any()
             raise KeyboardInterrupt
 
@@ -74,7 +74,7 @@ def test_an_error_in_a_silenced_forward_brings_the_module_back():
 def test_silencing_keeps_a_forward_that_was_patched_by_somebody_else():
     module = tiny_model(layers=1).model.layers[0].mlp
     patched = module.forward = lambda hidden_states: hidden_states * 2
-    with silenced(module, returns_weights=False):
+    with silenced(module, ConstantOutput(None, returns_weights=False)):
         assert not module(torch.ones(2)).any()
     assert vars(module).get("forward") is patched
 

@@ -167,6 +167,29 @@ def test_moments_are_slices_of_those_before(tmp_path, make, family):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 / 8)
 
 
+class Marking(L.Callback):
+    """Makes the first moment of every parameter equal to it: both are cut alike, or it shows."""
+
+    def on_train_end(self, trainer, pl_module):
+        for parameter in pl_module.parameters():
+            trainer.optimizers[0].state[parameter]["exp_avg"].copy_(parameter.detach())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3"])
+def test_moments_of_fused_and_transposed_weights_are_cut_as_they_are(tmp_path, family):
+    module = Optimized(lm=tiny_model(family, layers=3))
+    dense = {name: p.shape for name, p in module.named_parameters()}
+    callback = pruner(0.35, compensation="none")
+    one = fit(tmp_path, module, callback, Marking(), train=loader(TRAIN, 4))
+    states, cut = one.optimizers[0].state, 0
+    for name, parameter in module.named_parameters():
+        assert torch.equal(states[parameter]["exp_avg"], parameter), name
+        cut += parameter.shape != dense[name]
+    assert cut >= 4  # of attention and MLP, in and out
+    module.train().training_step(next(iter(loader(TRAIN))), 0).backward()
+    one.optimizers[0].step()
+
+
 def test_every_kind_of_removal_has_its_place_in_the_groups(tmp_path):
     """A layer, an attention and an MLP that go whole; the first attention leaves its constant."""
     module = Optimized(split, tiny_model(layers=5))
