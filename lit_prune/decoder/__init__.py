@@ -5,7 +5,7 @@ from lit_prune.decoder.describe import fingerprint, spec_for
 from lit_prune.decoder.families import FAMILIES, Family, family_of, register_family
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
-from lit_prune.decoder.prices import Price, constant_bytes, unit_prices
+from lit_prune.decoder.prices import Price, constant_bytes, shared_bytes, unit_prices
 from lit_prune.decoder.quiet import quiet
 from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
 from lit_prune.decoder.spec import (
@@ -40,6 +40,7 @@ __all__ = [
     "quiet",
     "register_family",
     "remainder",
+    "shared_bytes",
     "spec_for",
     "unit_prices",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from lit_prune.config import Granularity
 from lit_prune.errors import ConfigError, UnsupportedModelError, did_you_mean
@@ -20,8 +20,9 @@ class Family:
     """Paths of the parts, relative to the model (first three) or to one decoder layer.
 
     A layer computes ``x += scale * post_norm(attention(norm(x)))``, then the same with the MLP,
-    each norm where the family has it. A family that differs from that in a way that no field says
-    must not be entered.
+    each norm where the family has it. Where it is ``parallel`` both read the stream that enters the
+    layer: ``x += attention(norm(x)) + mlp(norm(x))``, with one norm for both or one for each. A
+    family that differs from that in a way that no field says must not be entered.
 
     Attributes:
         model_type: Hugging Face ``config.model_type``.
@@ -31,14 +32,19 @@ class Family:
             path.
         head_counts: Attributes of the attention that say how many query and how many KV heads there
             are, where its code reads them (most read the weights' shapes).
-        mlp_norm: Norm in front of the MLP, as ``attention_norm``.
+        mlp_norm: Norm in front of the MLP, as ``attention_norm``; the same path where both
+            sub-blocks of a ``parallel`` layer read one norm.
         mlp_post_norm: Norm over what the MLP writes, as ``attention_post_norm``.
         gate: Gate projection; None where the MLP is ``down(act(up(x)))``.
+        parallel: Whether attention and MLP of a layer read the same stream, and are added to it
+            together.
         per_layer: Fields of the config, beside ``layer_types``, that list one entry for each layer.
         residual_scale: Field of the config that multiplies what a sub-block adds to the stream.
         refuses: Granularities that cannot be removed exactly, each with the reason, a clause.
         refuses_config: Fields of the config under which nothing can, where they are set (true),
             each with the reason, a clause.
+        when: Fields of the config under which, where they are set (true), the model is another one:
+            each with the fields of this entry that then hold, by name; later ones win.
 
     Example:
         >>> Family(model_type="llama").up
@@ -64,10 +70,12 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     mlp_output: str = "mlp.down_proj"
+    parallel: bool = False
     per_layer: tuple[str, ...] = ()
     residual_scale: str | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
     refuses_config: Mapping[str, str] = field(default_factory=dict)
+    when: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def inputs(self, kind: SubBlockKind) -> tuple[str, ...]:
         """Return the projections whose rows belong to units."""
@@ -76,7 +84,7 @@ class Family:
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     def norms(self, kind: SubBlockKind) -> tuple[str, ...]:
-        """Return the norms that leave with a sub-block."""
+        """Return the norms around a sub-block."""
         both = (
             (self.attention_norm, self.attention_post_norm)
             if kind == "attention"
@@ -88,13 +96,31 @@ class Family:
         """Return the projection whose columns belong to units."""
         return self.attention_output if kind == "attention" else self.mlp_output
 
+    def under(self, config: object) -> Family:
+        """Return the entry that holds for models of a config, without conditions.
+
+        Example:
+            >>> from transformers import StableLmConfig
+            >>> FAMILIES["stablelm"].under(StableLmConfig(use_parallel_residual=True)).parallel
+            True
+        """
+        found = replace(self, when={})
+        for option, changes in self.when.items():
+            if getattr(config, option, None):
+                found = replace(found, **changes)
+        return found
+
 
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_PHI_HEAD_NORMS = tuple(
+    f"self_attn.{name}_layernorm.{leaf}" for name in "qk" for leaf in ("weight", "bias")
+)
 _BIDIRECTIONAL = {"use_bidirectional_attention": "a model that looks ahead is no causal one"}
 _ONE_NORM = {
     "kv_group": "its norms over queries and keys span all heads, so a head's values depend on the "
     "others"
 }
+_NORM_EACH = {"kv_group": "each head has norms of its own, which are not sliced"}
 
 
 _SANDWICH = Family(  # a norm before and one behind each sub-block
@@ -113,6 +139,7 @@ _BEHIND = Family(  # norms behind only, and over all heads
     mlp_post_norm="post_feedforward_layernorm",
     refuses=_ONE_NORM,
 )
+_PARALLEL = Family(model_type="", mlp_norm="input_layernorm", parallel=True)
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -133,19 +160,27 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="stablelm",
             head_counts=("num_heads", "num_key_value_heads"),
-            refuses_config={
-                "use_parallel_residual": "attention and MLP of a layer read the same stream",
-                "qk_layernorm": "each head has norms of its own, which are not sliced",
-            },
+            refuses_config={"qk_layernorm": _NORM_EACH["kv_group"]},
+            when={"use_parallel_residual": {"parallel": True, "mlp_norm": "input_layernorm"}},
+        ),
+        replace(
+            _PARALLEL,
+            model_type="cohere",
+            when={"use_qk_norm": {"attention_extras": _HEAD_NORMS, "refuses": _NORM_EACH}},
+        ),
+        replace(_PARALLEL, model_type="cohere2"),
+        replace(
+            _PARALLEL,
+            model_type="phi",
+            final_norm="model.final_layernorm",
+            attention_output="self_attn.dense",
+            gate=None,
+            up="mlp.fc1",
+            mlp_output="mlp.fc2",
+            when={"qk_layernorm": {"attention_extras": _PHI_HEAD_NORMS}},
         ),
     )
 }
-_PARALLEL = (
-    "attention and MLP of a layer read the same norm (parallel residual), and lit_prune calibrates "
-    "and compensates them one after the other"
-)
-# Model types that are known, and why they are not supported.
-REFUSED: dict[str, str] = {"cohere": _PARALLEL, "cohere2": _PARALLEL, "phi": _PARALLEL}
 # Model types of our own classes, whose layers differ: pruned_llama …
 PRUNED = "pruned_"
 
@@ -170,7 +205,8 @@ def register_family(family: Family) -> None:
 
     Raises:
         ConfigError: If the model type is known already or has no name of its own, if the entry
-            refuses a granularity that there is none of, or names no norms.
+            refuses a granularity that there is none of, names no norms, or one norm for two
+            streams.
 
     Example:
         >>> register_family(Family(model_type="llama"))
@@ -187,6 +223,20 @@ def register_family(family: Family) -> None:
             f"family {name!r} is known already and is not overwritten. Give your config class a "
             "model_type of its own."
         )
+    _check_entry(family)
+    for option, changes in family.when.items():
+        if unknown := sorted(set(changes) - set(Family.__dataclass_fields__)):
+            raise ConfigError(
+                f"family {name!r}, when {option!r}: there is no field {unknown[0]!r}"
+                f"{did_you_mean(unknown[0], Family.__dataclass_fields__)}."
+            )
+        _check_entry(replace(family, **changes))
+    FAMILIES[name] = family
+
+
+def _check_entry(family: Family) -> None:
+    """Refuse an entry that contradicts itself."""
+    name = family.model_type
     if None in (
         family.attention_norm or family.attention_post_norm,
         family.mlp_norm or family.mlp_post_norm,
@@ -196,28 +246,27 @@ def register_family(family: Family) -> None:
             f"family {name!r} names no norm before or after a sub-block: the stream behind the "
             "attention is found by one."
         )
+    if not family.parallel and family.attention_norm == family.mlp_norm is not None:
+        raise ConfigError(
+            f"family {name!r} names the norm {family.mlp_norm!r} for attention and MLP: where both "
+            "read one norm, they read one stream. Say parallel=True."
+        )
     known = get_args(Granularity)
     if unknown := sorted(set(family.refuses) - set(known)):
         raise ConfigError(
             f"family {name!r} refuses {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
             f"granularities are {list(known)}."
         )
-    FAMILIES[name] = family
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """Return the family entry of ``model``, chosen by its config, never by its name or path.
+    """Return the family entry that holds for ``model``: chosen by its config, never by its name.
 
     Raises:
         UnsupportedModelError: If there is none; lists the supported ones.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = family_name(model_type)
-    if name in REFUSED and name not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned: "
-            f"{REFUSED[name]}. Supported: {', '.join(sorted(FAMILIES))}."
-        )
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
@@ -231,7 +280,7 @@ def family_of(model: PreTrainedModel) -> Family:
             f"{type(model).__name__} is not a causal language model with a head; pass the whole "
             "…ForCausalLM."
         )
-    family = FAMILIES[name]
+    family = FAMILIES[name].under(model.config)
     for option, reason in family.refuses_config.items():
         if getattr(model.config, option, None):
             raise UnsupportedModelError(

@@ -68,9 +68,19 @@ class DecoderParts:
         family = self.family
         return family.attention_post_norm if kind == "attention" else family.mlp_post_norm
 
-    def norm_paths(self, kind: SubBlockKind) -> tuple[str, ...]:
+    def shared_norm(self, layer: int) -> str | None:
+        """Return the path of the norm that both sub-blocks of a layer read, where both are there.
+
+        It leaves when both do.
+        """
+        norm = self.family.attention_norm
+        both = norm == self.family.mlp_norm and all(self.exists(layer, kind) for kind in KINDS)
+        return norm if both else None
+
+    def norm_paths(self, layer: int, kind: SubBlockKind) -> tuple[str, ...]:
         """Return the paths of the norms that leave with a sub-block, inside its layer."""
-        return self.family.norms(kind)
+        shared = self.shared_norm(layer)
+        return tuple(path for path in self.family.norms(kind) if path != shared)
 
     @property
     def residual_scale(self) -> float:

@@ -72,6 +72,17 @@ def constant_bytes(model: PreTrainedModel) -> int:
     )
 
 
+def shared_bytes(model: PreTrainedModel) -> dict[int, int]:
+    """Return the bytes of the norm that both sub-blocks of a layer read, by layer."""
+    parts = DecoderParts(model)
+    paths = {layer: parts.shared_norm(layer) for layer in range(len(parts.layers))}
+    return {
+        layer: sum(p.nbytes for p in parts.layers[layer].get_submodule(path).parameters())
+        for layer, path in paths.items()
+        if path is not None
+    }
+
+
 def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_length: int) -> Price:
     layer, kind = place
     inputs, output = parts.inputs(layer, kind), parts.output(layer, kind)
@@ -88,7 +99,7 @@ def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_lengt
         cached = inputs[1:] if kind == "attention" else ()
         sizes = (linear.weight.shape[0] * linear.weight.element_size() for linear in cached)
         return Price(unit=sum(sizes) // units)
-    norms = [parts.layers[layer].get_submodule(path) for path in parts.norm_paths(kind)]
+    norms = [parts.layers[layer].get_submodule(path) for path in parts.norm_paths(layer, kind)]
     whole = sum(p.nbytes for m in (*norms, parts.sub_block(layer, kind)) for p in m.parameters())
     owned = output.weight.nbytes + sum(p.nbytes for linear in inputs for p in linear.parameters())
     bias = parts.hidden_size * output.weight.element_size()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.decoder import FAMILIES, Family
+from lit_prune.decoder import Family, family_of
 from lit_prune.decoder.layout import (
     AttentionLayout,
     LayerLayout,
@@ -77,7 +77,7 @@ def body_of(model: PreTrainedModel) -> Body:
     the embeddings. Both are exact: nothing reads the residual stream in between.
     """
     layout = layout_of(model)
-    family = FAMILIES[layout.family]
+    family = family_of(model)
     stored, ties = tensors_of(model)
     tensors = dict(stored)
     embeddings = next(n for n, p in model.named_parameters() if p is _embedding(model))

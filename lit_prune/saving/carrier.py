@@ -49,6 +49,7 @@ class Target:
 
 _ONLY_ATTENTION = {"attention_bias": _ATTENTION}
 _BEHIND = "norms behind sub-blocks"
+_TOGETHER = "layers that add attention and MLP together"
 _BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
     "llama": Target(flags=_BOTH, divisor=True),
@@ -70,6 +71,9 @@ TARGETS = {
     "stablelm": Target(
         flags={"use_qkv_bias": _QKV}, even_heads=True, unlike="partly rotary positions"
     ),
+    "cohere": Target(flags=_ONLY_ATTENTION, unlike=_TOGETHER),
+    "cohere2": Target(flags=_ONLY_ATTENTION, even_heads=True, unlike=_TOGETHER),
+    "phi": Target(always=_QKV | {"dense", "fc1", "fc2"}, unlike=_TOGETHER),
 }
 CARRIER = "granite"
 
