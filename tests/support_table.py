@@ -1,4 +1,4 @@
-"""The table of supported families in the README, made of the registry and of what the contract finds.
+"""The table of families in the README, made of the registry and of what the contract finds.
 
 ``python -m tests.support_table`` runs `lit_prune.testing.check_family` on the usual tiny model of
 every family and writes the table into the README (a quarter of a minute for each). A slow test
@@ -64,7 +64,9 @@ def block(rows: list[str]) -> str:
 def rows_of(text: str) -> dict[str, str]:
     """Return the lines of a README by family."""
     inside = text.partition(BEGIN)[2].partition(END)[0]
-    lines = [line for line in inside.splitlines() if line.startswith("| `") and "_type`" not in line]
+    lines = [
+        line for line in inside.splitlines() if line.startswith("| `") and "_type`" not in line
+    ]
     return {line.split("`")[1]: line for line in lines}
 
 

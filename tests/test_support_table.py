@@ -41,4 +41,6 @@ def test_ci_runs_the_contract_on_the_oldest_and_the_newest_transformers():
     assert jobs["contract, oldest"].startswith(f"make contract TRANSFORMERS={oldest}")
     assert jobs["contract, newest"] == "make contract TRANSFORMERS=newest"
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
-    assert {command.split()[1] for command in jobs.values() if command.startswith("make")} <= targets
+    assert {
+        command.split()[1] for command in jobs.values() if command.startswith("make")
+    } <= targets

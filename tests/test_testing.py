@@ -4,13 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_prune.calibration import Row, RowSet, replay, two_streams
 from lit_prune.decoder import FAMILIES, DecoderParts, Family, quiet, register_family, spec_for
@@ -68,10 +62,20 @@ ODD = {
     "opt": {**FIVE, "layer_norm_elementwise_affine": False},
     "falcon": {"multi_query": False, "bias": True, "kv_heads": 4},
     "bloom": {**FIVE, "tie": True},
+    "cohere": {"kv_heads": 1, "tie": True, "logit_scale": 0.5, "head_dim": 6},
+    "cohere2": {**SLIDING, "kv_heads": 1, "tie": True, "attention_bias": True},
+    "phi": {"qk_layernorm": True, "tie": True, "partial_rotary_factor": 0.25},
 }  # fmt: skip
+# Another model by a field of the config (`Family.when`).
+ANOTHER = [
+    ("stablelm", {"use_parallel_residual": True, "use_qkv_bias": True, "kv_heads": 1}),
+    ("gpt_neox", {"use_parallel_residual": True}),
+    ("cohere", {"use_qk_norm": True, "attention_bias": True}),
+    ("phi", {"head_dim": 12, "num_attention_heads": 6, "kv_heads": 3}),
+]
 EVERY = ("block", "sub_block", "kv_group", "channel")
 MODEL_FILE = {"llama", "mistral", "qwen2", "qwen3", "granite"}
-WIDTHS = ("qwen2", "stablelm")  # heads are hidden_size / heads wide
+WIDTHS = ("qwen2", "stablelm", "cohere2")  # heads are hidden_size / heads wide
 BEHIND_NORMS = {"gemma2", "gemma3_text", "olmo2", "olmo3"}
 
 
@@ -89,7 +93,8 @@ def passes(model):
     found = check_family(model)
     assert state_digest(model) == before
     family = model.config.model_type
-    refused = {"kv_group"} if family in ("olmo2", "olmo3", "bloom") else set()
+    each = getattr(model.config, "use_qk_norm", False)
+    refused = {"kv_group"} if family in ("olmo2", "olmo3", "bloom") or each else set()
     assert set(found.granularities) == set(EVERY) - refused
     assert set(found.refused) == refused
     assert found.constants == (family not in BEHIND_NORMS)
@@ -106,6 +111,12 @@ def test_an_odd_model_passes_the_contract(family):
     found = passes(uneven_norms(tiny_model(family, **ODD[family])))
     if family not in WIDTHS:  # its own class holds any number of heads
         assert found.formats["padded"].startswith("held"), found.formats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "options"), ANOTHER)
+def test_a_model_that_its_config_makes_another_passes_the_contract(family, options):
+    passes(uneven_norms(tiny_model(family, **options)))
 
 
 @pytest.mark.slow
@@ -187,6 +198,10 @@ def test_a_known_family_is_not_overwritten(registered):
         registered(Family(model_type="own", refuses={"kv_groups": "so"}))
     with pytest.raises(ConfigError, match="names no norm"):
         registered(Family(model_type="own", mlp_norm=None))
+    with pytest.raises(ConfigError, match=r"'input_layernorm' for attention.*parallel=True"):
+        registered(Family(model_type="own", mlp_norm="input_layernorm"))
+    with pytest.raises(ConfigError, match="when 'fast': there is no field 'gates'; did you mean"):
+        registered(Family(model_type="own", when={"fast": {"gates": None}}))
     assert FAMILIES["llama"] is known
     assert "own" not in FAMILIES
 
@@ -241,25 +256,10 @@ def test_a_model_too_small_or_too_coarse_for_the_contract_is_refused():
 # ---- what is refused, before anything is calibrated ----
 
 
-PARALLEL = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 16,
-    "num_attention_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("config", [CohereConfig, PhiConfig])
-def test_a_parallel_residual_is_refused_by_name(config):
-    model = AutoModelForCausalLM.from_config(config(**PARALLEL))
-    with pytest.raises(UnsupportedModelError, match="parallel residual"):
-        spec_for(model)
-
-
-ANOTHER = [
-    ("stablelm", "use_parallel_residual", True),
+INEXACT = [
     ("stablelm", "qk_layernorm", True),
     ("gpt2", "scale_attn_by_inverse_layer_idx", True),
     ("gpt2", "add_cross_attention", True),
-    ("gpt_neox", "use_parallel_residual", True),
     ("opt", "do_layer_norm_before", False),
     ("falcon", "parallel_attn", True),
     ("falcon", "new_decoder_architecture", True),
@@ -268,7 +268,7 @@ ANOTHER = [
 ]
 
 
-@pytest.mark.parametrize(("family", "option", "value"), ANOTHER)
+@pytest.mark.parametrize(("family", "option", "value"), INEXACT)
 def test_a_variant_that_is_not_exact_is_refused_by_name(family, option, value):
     words = rf"config\.{option} {'' if value else 'not '}set"
     with pytest.raises(UnsupportedModelError, match=words):
@@ -276,7 +276,7 @@ def test_a_variant_that_is_not_exact_is_refused_by_name(family, option, value):
 
 
 def test_an_opt_whose_embeddings_are_narrower_is_refused():
-    with pytest.raises(UnsupportedModelError, match="contradicts itself.*hidden size 16"):
+    with pytest.raises(UnsupportedModelError, match=r"contradicts itself.*hidden size 16"):
         spec_for(tiny_model("opt", word_embed_proj_dim=16))
 
 
@@ -407,7 +407,9 @@ def test_a_constant_behind_which_a_norm_follows_is_refused():
         apply_plan(model, plan, made)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "stablelm", "phi3", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize(
+    "family", ["gemma2", "stablelm", "phi3", "gpt2", "opt", "bloom", "cohere2", "phi"]
+)
 def test_a_budget_in_latency_measures_every_kind_of_sub_block(family):
     result = run(
         tiny_model(family, layers=3), 1 / 3, budget="latency",

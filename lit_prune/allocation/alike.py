@@ -63,6 +63,7 @@ def alike_choice(
                 gone = layers[leaving[number - 1]]
                 total += extra[leaving[number - 1]]
                 left -= sum(cost.kept[place][counts[place]] for place in gone)
+                left -= cost.shared.get(gone[0][0], 0)
                 counts |= dict.fromkeys(gone, 0)
             if not any(count for (_, kind), count in counts.items() if kind == "attention"):
                 break

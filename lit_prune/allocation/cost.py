@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lit_prune.config import RESOURCES
-from lit_prune.decoder import constant_bytes, spec_for, unit_prices
+from lit_prune.decoder import constant_bytes, shared_bytes, spec_for, unit_prices
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Cost:
         resource: What is counted: parameters, FLOPs for one token, bytes of cache for one token,
             bytes of weights, or nanoseconds.
         kept: What each sub-block costs when it keeps 0, 1, … all of its units; never falling.
+        shared: What a layer costs beside its two sub-blocks, by index, while one of them stays.
         bias: What each bias that compensation adds costs.
         constant: What no plan can change (constants that an earlier pruning left).
         notes: What the report has to say about it.
@@ -36,6 +37,7 @@ class Cost:
 
     resource: Resource
     kept: Mapping[SubBlock, tuple[int, ...]]
+    shared: Mapping[int, int] = field(default_factory=dict)
     bias: int = 0
     constant: int = 0
     notes: tuple[str, ...] = ()
@@ -48,12 +50,17 @@ class Cost:
     @property
     def total(self) -> int:
         """What the decoder layers cost as they are: what a ratio is a fraction of."""
-        return self.constant + sum(costs[-1] for costs in self.kept.values())
+        kept = sum(costs[-1] for costs in self.kept.values())
+        return self.constant + kept + sum(self.shared.values())
 
     def of(self, counts: Mapping[SubBlock, int], new_biases: int = 0) -> int:
         """Return what is left of it when each sub-block keeps ``counts`` units."""
         kept = sum(costs[counts[place]] for place, costs in self.kept.items())
-        return self.constant + kept + self.bias * new_biases
+        shared = 0
+        if self.shared:
+            stay = {layer for (layer, _), count in counts.items() if count}
+            shared = sum(self.shared.get(layer, 0) for layer in stay)
+        return self.constant + kept + shared + self.bias * new_biases
 
 
 def cost_of(
@@ -102,6 +109,7 @@ def cost_of(
     return Cost(
         resource=resource,
         kept=kept,
+        shared=shared_bytes(model) if resource == "weight_bytes" else {},
         bias=max(price.bias for price in prices.values()),
         constant=constant_bytes(model) if resource == "weight_bytes" else 0,
     )
@@ -113,8 +121,13 @@ def parameter_cost(spec: DecoderSpec) -> Cost:
         (index, part.kind): _linear(part.num_units, part.unit_parameters, part.fixed_parameters)
         for index, part in spec.sub_blocks
     }
-    constant = sum(block.constant_parameters for block in spec.blocks)
-    return Cost(resource="parameters", kept=kept, bias=spec.hidden_size, constant=constant)
+    return Cost(
+        resource="parameters",
+        kept=kept,
+        shared={b.index: b.shared_parameters for b in spec.blocks if b.shared_parameters},
+        bias=spec.hidden_size,
+        constant=sum(block.constant_parameters for block in spec.blocks),
+    )
 
 
 def latency_cost(spec: DecoderSpec, measured: Mapping[SubBlock, npt.ArrayLike]) -> Cost:

@@ -64,7 +64,7 @@ class ReachableTotals:
             for place, allowed in budget.allowed.items()
             for count in allowed
         }
-        self._unit = math.gcd(self._bias, *sizes) or 1
+        self._unit = math.gcd(self._bias, *cost.shared.values(), *sizes) or 1
         bits = 8 * (cost.total // self._unit + 1)
         options = sum(len(allowed) for allowed in budget.allowed.values())
         if bits * options > _MOST_BIT_OPERATIONS or bits * len(self._places) > _MOST_BITS:
@@ -129,24 +129,29 @@ class ReachableTotals:
 
     def _choices(self, level: int, before: _State) -> Iterator[_Choice]:
         """Yield what may happen to one sub-block; `remainder` is the rule that this follows."""
-        (index, part), config = self._places[level], self._budget.config
-        costs = self._budget.cost.kept[index, part.kind]
+        (index, part), config, cost = self._places[level], self._budget.config, self._budget.cost
+        costs, stands_in = cost.kept[index, part.kind], config.removed_mean == "add"
         # where halves cannot go alone, both sub-blocks of a layer go or both stay
         second = level > 0 and self._places[level - 1][0] == index
         together = second and "sub_block" not in config.granularities
+        alone = second and before.gone
+        # in a parallel layer the constant of the first half waits for what becomes of the second
+        parallel = self._budget.spec.parallel
+        waits = parallel and any(at == index for at, _ in self._places[level + 1 : level + 2])
         for count in self._options[level]:
             if together and before.gone != (count == 0):
                 continue
             attends = before.attends or (bool(count) and part.kind == "attention")
             if not count:
-                pays = before.pays and config.removed_mean == "add"
+                pays = before.pays and stands_in and not waits
                 freed = costs[-1] - (self._bias if pays else 0)
+                freed += cost.shared.get(index, 0) if alone else 0
                 after = _State(before.pays and not pays, attends, not second)
             else:
                 pays = bool(self._bias) and not part.output_bias
-                cut = part.num_units - count
-                freed = costs[-1] - costs[count] - (self._bias if pays and cut else 0)
-                after = _State(pays and not cut, attends, False)
+                receives = count < part.num_units or (parallel and alone and stands_in)
+                freed = costs[-1] - costs[count] - (self._bias if pays and receives else 0)
+                after = _State(pays and not receives, attends, False)
             yield _Choice(count, freed, after)
 
     def _ends(self) -> list[tuple[_State, int]]:

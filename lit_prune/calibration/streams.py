@@ -33,8 +33,8 @@ class TwoStreams:
         arguments: What each layer is told beside its hidden state.
         shelf: Residual streams, ``[batch, tokens, hidden_size]`` each: ``dense`` and ``pruned``
             behind the last layer that either went through, and ``middle``, behind the attention
-            of the last layer that the dense one went through. Where a norm follows a sub-block,
-            ``attention`` and ``mlp``: what the dense one handed to it.
+            of the last layer that the dense one went through, where a stream is there. Where a norm
+            follows a sub-block, ``attention`` and ``mlp``: what the dense one handed to it.
     """
 
     mask: Tensor
@@ -55,11 +55,19 @@ class TwoStreams:
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and what it
         should make of it: what takes the stream to where the dense model's is behind the layer's
-        sub-block. Where a norm follows, that is not linear in it: what the dense one makes.
+        sub-block. Where a norm follows, that is not linear in it: what the dense one makes. Where
+        attention and MLP are added together, there is no stream between them: what it makes now,
+        and what the whole layer then lacks.
 
-        The layer is run as it is now, up to there: hooks of the caller count.
+        The layer is run as it is now: hooks of the caller count.
         """  # noqa: D205 - one sentence
         layer, kind = place
+        if parts.family.parallel and kind not in _watched(parts):
+            module = parts.output(*place).module
+            with _inputs_of(module) as inputs, _outputs_of(module) as outputs:
+                behind = self._run(parts, layer, self.shelf["pruned"])
+            lacks = (self.shelf["dense"] - behind) / parts.residual_scale
+            return by_token(inputs[0], self.mask), by_token(outputs[0], self.mask) + lacks
         with ExitStack() as hooks:
             stream = None
             if kind not in _watched(parts):
@@ -92,7 +100,7 @@ def _watched(parts: DecoderParts) -> dict[str, str]:
     after = {kind: parts.post_norm_path(kind) for kind in KINDS}
     found |= {kind: path for kind, path in after.items() if path is not None}
     middle = parts.norm_path("mlp")
-    if after["attention"] is None and middle is not None:
+    if after["attention"] is None and middle is not None and not parts.family.parallel:
         found["middle"] = middle
     return found
 
@@ -186,5 +194,16 @@ def _inputs_of(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor
         yield found
     except _Reached:
         pass
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a module makes."""
+    found: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: found.append(output))
+    try:
+        yield found
     finally:
         handle.remove()

@@ -7,7 +7,7 @@ from lit_prune.decoder.families import FAMILIES, family_of, register_family
 from lit_prune.decoder.family import Family
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
-from lit_prune.decoder.prices import Price, constant_bytes, unit_prices
+from lit_prune.decoder.prices import Price, constant_bytes, shared_bytes, unit_prices
 from lit_prune.decoder.projections import Projection
 from lit_prune.decoder.quiet import quiet
 from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
@@ -45,6 +45,7 @@ __all__ = [
     "quiet",
     "register_family",
     "remainder",
+    "shared_bytes",
     "spec_for",
     "unit_prices",
 ]

@@ -24,6 +24,8 @@ from lit_prune.decoder.spec import (
 from lit_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
 
@@ -61,8 +63,9 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         blocks=blocks,
         total_parameters=sum(p.numel() for p in model.parameters()),
         fingerprint=fingerprint(model),
-        refused=tuple(sorted(parts.refuses.items())),
+        refused=tuple(sorted(parts.family.refuses.items())),
         removed_constants=not any(parts.post_norm_path(kind) for kind in KINDS),
+        parallel=parts.family.parallel,
     )
 
 
@@ -171,6 +174,8 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
             if kind == "attention"
             else _describe_mlp(parts, index, fixed)
         )
+    shared = _norm_parameters(layer, [parts.shared_norm(index)])
+    expected.update(shared)
     if unknown := sorted(set(dict(layer.named_parameters())) - expected):
         raise UnsupportedModelError(
             f"layer {index} holds the parameter {unknown[0]}, which the {parts.family.model_type} "
@@ -185,17 +190,14 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
         attention=cast("AttentionSpec | None", specs["attention"]),
         mlp=cast("MlpSpec | None", specs["mlp"]),
         constant_parameters=constants,
+        shared_parameters=sum(layer.get_parameter(name).numel() for name in shared),
         attention_type=types[index] if types else default,
     )
 
 
 def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> list[str]:
     family, layer = parts.family, parts.layers[index]
-    names = [
-        f"{path}.{name}"
-        for path in parts.norm_paths(kind)
-        for name, _ in layer.get_submodule(path).named_parameters()
-    ]
+    names = _norm_parameters(layer, parts.norm_paths(index, kind))
     names += family.attention_extras if kind == "attention" else ()
     for path in (*family.inputs(kind), family.output(kind)):
         linear: Any = layer.get_submodule(path)
@@ -213,6 +215,11 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
         if linear.bias is not None:
             names.append(f"{path}.bias")
     return names
+
+
+def _norm_parameters(layer: nn.Module, paths: Iterable[str | None]) -> list[str]:
+    norms = {path: layer.get_submodule(path) for path in paths if path is not None}
+    return [f"{path}.{name}" for path, norm in norms.items() for name, _ in norm.named_parameters()]
 
 
 def _owned_by_units(parts: DecoderParts, kind: SubBlockKind, name: str) -> bool:

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_PHI_HEAD_NORMS = tuple(
+    f"self_attn.{name}_layernorm.{leaf}" for name in "qk" for leaf in ("weight", "bias")
+)
 _BIDIRECTIONAL = {"use_bidirectional_attention": "a model that looks ahead is no causal one"}
 _ONE_NORM = {
     "kv_group": "its norms over queries and keys span all heads, so a head's values depend on the "
     "others"
 }
+_NORM_EACH = {"kv_group": "each head has norms of its own, which are not sliced"}
 
 
 _SANDWICH = Family(  # a norm before and one behind each sub-block
@@ -52,6 +56,7 @@ _FOUR_H = Family(  # Megatron's names
     mlp_output="mlp.dense_4h_to_h",
 )
 _SLOPES = "the slopes of its attention biases (ALiBi) depend on how many heads there are"
+_PARALLEL = Family(model_type="", mlp_norm="input_layernorm", parallel=True)
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -72,10 +77,24 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="stablelm",
             head_counts={"num_heads": "queries", "num_key_value_heads": "groups"},
-            refuses_config={
-                "use_parallel_residual": "attention and MLP of a layer read the same stream",
-                "qk_layernorm": "each head has norms of its own, which are not sliced",
-            },
+            refuses_config={"qk_layernorm": _NORM_EACH["kv_group"]},
+            when={"use_parallel_residual": {"parallel": True, "mlp_norm": "input_layernorm"}},
+        ),
+        replace(
+            _PARALLEL,
+            model_type="cohere",
+            when={"use_qk_norm": {"attention_extras": _HEAD_NORMS, "refuses": _NORM_EACH}},
+        ),
+        replace(_PARALLEL, model_type="cohere2"),
+        replace(
+            _PARALLEL,
+            model_type="phi",
+            final_norm="model.final_layernorm",
+            attention_output="self_attn.dense",
+            gate=None,
+            up="mlp.fc1",
+            mlp_output="mlp.fc2",
+            when={"qk_layernorm": {"attention_extras": _PHI_HEAD_NORMS}},
         ),
         Family(
             model_type="phi3",
@@ -132,9 +151,7 @@ FAMILIES: dict[str, Family] = {
             attention_output="attention.dense",
             head_dim="head_size",
             config_names={"num_key_value_heads": None},
-            refuses_config={
-                "use_parallel_residual": "attention and MLP of a layer read the same stream",
-            },
+            when={"use_parallel_residual": {"parallel": True}},  # each behind a norm of its own
         ),
         Family(
             model_type="opt",
@@ -170,7 +187,7 @@ FAMILIES: dict[str, Family] = {
                 "head_dim": None,
                 "intermediate_size": "ffn_hidden_size",
             },
-            refuses_where={"alibi": {"kv_group": _SLOPES}},
+            when={"alibi": {"refuses": {"kv_group": _SLOPES}}},
             refuses_config={
                 "parallel_attn": "attention and MLP of a layer read the same stream",
                 "new_decoder_architecture": "attention and MLP of a layer read the same stream",
@@ -198,12 +215,6 @@ FAMILIES: dict[str, Family] = {
         ),
     )
 }
-_PARALLEL = (
-    "attention and MLP of a layer read the same norm (parallel residual), and lit_prune calibrates "
-    "and compensates them one after the other"
-)
-# Model types that are known, and why they are not supported.
-REFUSED: dict[str, str] = {"cohere": _PARALLEL, "cohere2": _PARALLEL, "phi": _PARALLEL}
 # Model types of our own classes, whose layers differ: pruned_llama …
 PRUNED = "pruned_"
 
@@ -228,7 +239,8 @@ def register_family(family: Family) -> None:
 
     Raises:
         ConfigError: If the model type is known already or has no name of its own, if the entry
-            refuses a granularity that there is none of, or names no norms.
+            refuses a granularity that there is none of, names no norms, or one norm for two
+            streams.
 
     Example:
         >>> register_family(Family(model_type="llama"))
@@ -245,6 +257,20 @@ def register_family(family: Family) -> None:
             f"family {name!r} is known already and is not overwritten. Give your config class a "
             "model_type of its own."
         )
+    _check_entry(family)
+    for option, changes in family.when.items():
+        if unknown := sorted(set(changes) - set(Family.__dataclass_fields__)):
+            raise ConfigError(
+                f"family {name!r}, when {option!r}: there is no field {unknown[0]!r}"
+                f"{did_you_mean(unknown[0], Family.__dataclass_fields__)}."
+            )
+        _check_entry(replace(family, **changes))
+    FAMILIES[name] = family
+
+
+def _check_entry(family: Family) -> None:
+    """Refuse an entry that contradicts itself."""
+    name = family.model_type
     if None in (
         family.attention_norm or family.attention_post_norm,
         family.mlp_norm or family.mlp_post_norm,
@@ -254,28 +280,27 @@ def register_family(family: Family) -> None:
             f"family {name!r} names no norm before or after a sub-block: the stream behind the "
             "attention is found by one."
         )
+    if not family.parallel and family.attention_norm == family.mlp_norm is not None:
+        raise ConfigError(
+            f"family {name!r} names the norm {family.mlp_norm!r} for attention and MLP: where both "
+            "read one norm, they read one stream. Say parallel=True."
+        )
     known = get_args(Granularity)
     if unknown := sorted(set(family.refuses) - set(known)):
         raise ConfigError(
             f"family {name!r} refuses {unknown[0]!r}{did_you_mean(unknown[0], known)}; "
             f"granularities are {list(known)}."
         )
-    FAMILIES[name] = family
 
 
 def family_of(model: PreTrainedModel) -> Family:
-    """Return the family entry of ``model``, chosen by its config, never by its name or path.
+    """Return the family entry that holds for ``model``: chosen by its config, never by its name.
 
     Raises:
         UnsupportedModelError: If there is none; lists the supported ones.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = family_name(model_type)
-    if name in REFUSED and name not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned: "
-            f"{REFUSED[name]}. Supported: {', '.join(sorted(FAMILIES))}."
-        )
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
@@ -283,7 +308,7 @@ def family_of(model: PreTrainedModel) -> Family:
             "lit_prune.decoder.register_family(Family(...)), and check it by "
             "lit_prune.testing.check_family."
         )
-    family = FAMILIES[name]
+    family = FAMILIES[name].under(model.config)
     if not is_causal_lm(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a causal language model with a head; pass the whole "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
     from lit_prune.decoder.spec import SubBlockKind
@@ -18,8 +18,9 @@ class Family:
     """Paths of the parts, relative to the model (first three) or to one decoder layer.
 
     A layer computes ``x += scale * post_norm(attention(norm(x)))``, then the same with the MLP,
-    each norm where the family has it. A family that differs from that in a way that no field says
-    must not be entered.
+    each norm where the family has it. Where it is ``parallel`` both read the stream that enters the
+    layer: ``x += attention(norm(x)) + mlp(norm(x))``, with one norm for both or one for each. A
+    family that differs from that in a way that no field says must not be entered.
 
     Roles (query, key and value; gate and up) with the same path share one fused projection: one
     role after the other, in this order, unless ``interleaved`` says otherwise.
@@ -44,21 +45,25 @@ class Family:
             shared.
         repeats_keys: Field of the config under which keys and values are cached once for each query
             head.
-        mlp_norm: Norm in front of the MLP, as ``attention_norm``.
+        mlp_norm: Norm in front of the MLP, as ``attention_norm``; the same path where both
+            sub-blocks of a ``parallel`` layer read one norm.
         mlp_post_norm: Norm over what the MLP writes, as ``attention_post_norm``.
         mlp_chain: Modules that run one after the other, the output projection last, where the MLP
             has no module of its own. ``mlp`` is the last of them then.
         gate: Gate projection; None where the MLP is ``down(act(up(x)))``.
+        parallel: Whether attention and MLP of a layer read the same stream, and are added to it
+            together.
         adds_residual: Whether sub-blocks are handed the residual, as second argument, and add it.
         per_layer: Fields of the config, beside ``layer_types``, that list one entry for each layer.
         residual_scale: Field of the config that multiplies what a sub-block adds to the stream.
         config_names: Fields of the config that are not called as Llama's, by Llama's name; None
             where there is no such field.
         refuses: Granularities that cannot be removed exactly, each with the reason, a clause.
-        refuses_where: The same under fields of the config, where they are set (true).
         refuses_config: Fields of the config under which nothing can, where they are set (true),
             each with the reason, a clause.
         needs_config: Fields of the config without which nothing can, each with the reason.
+        when: Fields of the config under which, where they are set (true), the model is another one:
+            each with the fields of this entry that then hold, by name; later ones win.
 
     Example:
         >>> Family(model_type="llama").up
@@ -92,14 +97,15 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     mlp_output: str = "mlp.down_proj"
+    parallel: bool = False
     adds_residual: bool = False
     per_layer: tuple[str, ...] = ()
     residual_scale: str | None = None
     config_names: Mapping[str, str | None] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
-    refuses_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     refuses_config: Mapping[str, str] = field(default_factory=dict)
     needs_config: Mapping[str, str] = field(default_factory=dict)
+    when: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def roles(self, kind: SubBlockKind) -> tuple[str, ...]:
         """Return the projections of query, key and value, or of gate and up: fused ones repeat."""
@@ -112,7 +118,7 @@ class Family:
         return tuple(dict.fromkeys(self.roles(kind)))
 
     def norms(self, kind: SubBlockKind) -> tuple[str, ...]:
-        """Return the norms that leave with a sub-block."""
+        """Return the norms around a sub-block."""
         both = (
             (self.attention_norm, self.attention_post_norm)
             if kind == "attention"
@@ -135,3 +141,18 @@ class Family:
         """
         named = ((self.config_names.get(name, name), value) for name, value in values.items())
         return {name: value for name, value in named if name is not None}
+
+    def under(self, config: object) -> Family:
+        """Return the entry that holds for models of a config, without conditions.
+
+        Example:
+            >>> from transformers import StableLmConfig
+            >>> entry = Family(model_type="x", when={"use_parallel_residual": {"parallel": True}})
+            >>> entry.under(StableLmConfig(use_parallel_residual=True)).parallel
+            True
+        """
+        found = replace(self, when={})
+        for option, changes in self.when.items():
+            if getattr(config, option, None):
+                found = replace(found, **changes)
+        return found

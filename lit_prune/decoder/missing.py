@@ -45,7 +45,7 @@ def refuse_missing_parts(parts: DecoderParts) -> None:
         where = f"{family.layers}.{index}"
         for kind in KINDS:
             module = find(layer, parts.sub_block_path(kind), where)
-            for path in parts.norm_paths(kind):
+            for path in family.norms(kind):
                 find(layer, path, where)
             if is_constant(module):
                 continue

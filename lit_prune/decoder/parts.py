@@ -75,15 +75,6 @@ class DecoderParts:
         """Return how many KV groups or channels the weights of a sub-block have."""
         return self.output(layer, kind).in_features // self.unit_width(layer, kind)
 
-    @property
-    def refuses(self) -> dict[str, str]:
-        """Granularities that this model cannot lose exactly, each with the reason."""
-        found = dict(self.family.refuses)
-        for option, refused in self.family.refuses_where.items():
-            if getattr(self.model.config, option, None):
-                found |= refused
-        return found
-
     def sub_block_path(self, kind: SubBlockKind) -> str:
         """Return the path of a sub-block inside its layer."""
         return self.family.attention if kind == "attention" else self.family.mlp
@@ -97,9 +88,19 @@ class DecoderParts:
         family = self.family
         return family.attention_post_norm if kind == "attention" else family.mlp_post_norm
 
-    def norm_paths(self, kind: SubBlockKind) -> tuple[str, ...]:
+    def shared_norm(self, layer: int) -> str | None:
+        """Return the path of the norm that both sub-blocks of a layer read, where both are there.
+
+        It leaves when both do.
+        """
+        norm = self.family.attention_norm
+        both = norm == self.family.mlp_norm and all(self.exists(layer, kind) for kind in KINDS)
+        return norm if both else None
+
+    def norm_paths(self, layer: int, kind: SubBlockKind) -> tuple[str, ...]:
         """Return the paths of the norms that leave with a sub-block, inside its layer."""
-        return self.family.norms(kind)
+        shared = self.shared_norm(layer)
+        return tuple(path for path in self.family.norms(kind) if path != shared)
 
     @property
     def residual_scale(self) -> float:
@@ -174,7 +175,8 @@ class DecoderParts:
 
     def modules(self, layer: int, kind: SubBlockKind) -> tuple[nn.Module, ...]:
         """Return what leaves with a sub-block: its norms, itself, projections that lie outside."""
-        paths = (*self.norm_paths(kind), self.sub_block_path(kind), *self.family.inputs(kind))
+        norms = self.norm_paths(layer, kind)
+        paths = (*norms, self.sub_block_path(kind), *self.family.inputs(kind))
         return tuple(self.layers[layer].get_submodule(path) for path in dict.fromkeys(paths))
 
     def output_name(self, layer: int, kind: SubBlockKind) -> str:

@@ -72,6 +72,17 @@ def constant_bytes(model: PreTrainedModel) -> int:
     )
 
 
+def shared_bytes(model: PreTrainedModel) -> dict[int, int]:
+    """Return the bytes of the norm that both sub-blocks of a layer read, by layer."""
+    parts = DecoderParts(model)
+    paths = {layer: parts.shared_norm(layer) for layer in range(len(parts.layers))}
+    return {
+        layer: sum(p.nbytes for p in parts.layers[layer].get_submodule(path).parameters())
+        for layer, path in paths.items()
+        if path is not None
+    }
+
+
 def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_length: int) -> Price:
     layer, kind = place
     inputs, output = parts.input_modules(layer, kind), parts.output(layer, kind)

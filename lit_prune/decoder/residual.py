@@ -43,7 +43,9 @@ def remainder(
     """Say what stays when each sub-block keeps ``counts`` units.
 
     A removed sub-block's constant output is added to the bias of the surviving sub-block before it:
-    nothing between the two reads the residual stream, so this is exact.
+    nothing between the two reads the residual stream, so this is exact. Where attention and MLP of
+    a layer are added to the stream together, that is the other one of its layer, if that stays:
+    the two come in either order, and what lies before the layer is read by both.
 
     Args:
         spec: The decoder.
@@ -65,12 +67,15 @@ def remainder(
     """
     holders: dict[SubBlock, tuple[SubBlock, ...]] = {}
     holder = LEADING
-    for index, part in spec.sub_blocks:
-        place: SubBlock = (index, part.kind)
-        if counts[place]:
-            holder = place
-        if place in constants:
-            holders[holder] = (*holders.get(holder, ()), place)
+    for block in spec.blocks:
+        places: list[SubBlock] = [(block.index, part.kind) for part in block.sub_blocks]
+        if spec.parallel:
+            places.sort(key=lambda place: not counts[place])  # what stays comes first
+        for place in places:
+            if counts[place]:
+                holder = place
+            if place in constants:
+                holders[holder] = (*holders.get(holder, ()), place)
     leading = LEADING in holders and not counts.get(LEADING)
     blocks, total, biases = [], 0, 0
     for block in spec.blocks:
@@ -79,7 +84,7 @@ def remainder(
         if not kept and not shell:
             continue
         blocks.append(block.index)
-        total += block.constant_parameters
+        total += block.constant_parameters + (block.shared_parameters if kept else 0)
         biases += bool(shell and not block.constant_parameters)
         for part in kept:
             total += counts[block.index, part.kind] * part.unit_parameters + part.fixed_parameters

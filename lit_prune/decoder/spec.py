@@ -112,6 +112,7 @@ class BlockSpec:
         mlp: Its MLP, or None where an earlier pruning removed it.
         constant_parameters: Parameters of the constant outputs that stand in for removed
             sub-blocks.
+        shared_parameters: Parameters that leave only with both sub-blocks (a norm that both read).
         attention_type: Label of the attention mask, ``full_attention`` or ``sliding_attention``.
     """
 
@@ -120,6 +121,7 @@ class BlockSpec:
     attention: AttentionSpec | None
     mlp: MlpSpec | None
     constant_parameters: int = 0
+    shared_parameters: int = 0
     attention_type: str = "full_attention"
 
     @property
@@ -130,7 +132,8 @@ class BlockSpec:
     @property
     def num_parameters(self) -> int:
         """All parameters of the layer."""
-        return sum(part.num_parameters for part in self.sub_blocks) + self.constant_parameters
+        own = sum(part.num_parameters for part in self.sub_blocks)
+        return own + self.constant_parameters + self.shared_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +147,7 @@ class DecoderSpec:
         total_parameters: Parameters of the whole model, tied weights counted once.
         fingerprint: sha256 over model type and the sorted names and shapes of all parameters.
         refused: Granularities that this family cannot lose exactly, each with the reason.
+        parallel: Whether attention and MLP of a layer read the same stream.
         removed_constants: Whether a constant can stand in for a whole removed sub-block; not where
             a norm follows a sub-block, which it would pass.
     """
@@ -155,6 +159,7 @@ class DecoderSpec:
     fingerprint: str
     refused: tuple[tuple[str, str], ...] = ()
     removed_constants: bool = True
+    parallel: bool = False
 
     @property
     def decoder_parameters(self) -> int:

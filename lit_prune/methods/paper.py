@@ -256,10 +256,13 @@ def _candidates(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> 
     found = []
     for block in budget.spec.blocks:
         parts = [part for part in block.sub_blocks if counts[block.index, part.kind]]
+        shared = block.shared_parameters  # of both; of one, where the other is gone
         if not parts or any(0 not in budget.allowed[block.index, part.kind] for part in parts):
             continue
         sizes = {
-            p.kind: counts[block.index, p.kind] * p.unit_parameters + p.fixed_parameters
+            p.kind: counts[block.index, p.kind] * p.unit_parameters
+            + p.fixed_parameters
+            + (shared if len(parts) == 1 else 0)
             for p in parts
         }
         if "block" in budget.config.granularities:
@@ -273,7 +276,7 @@ def _candidates(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> 
                     layer=block.index,
                     kind=kind,
                     cost=scores.transfer[unit],
-                    size=sum(sizes.values()),
+                    size=sum(sizes.values()) + (shared if len(parts) > 1 else 0),
                 )
             )
         if "sub_block" in budget.config.granularities and (

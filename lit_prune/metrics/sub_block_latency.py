@@ -61,7 +61,8 @@ def measure_sub_blocks(
     then copies of a sub-block that keep only its first units are given exactly these calls, with
     its norm before it and a KV cache of its own. What is timed is all of them together: one prefill
     and ``new_tokens`` decoding steps, the device synchronised around them. Additions to the
-    residual stream are not in it: they stay when a sub-block goes. Sub-blocks of equal shape share
+    residual stream are not in it, nor is a norm that both sub-blocks of a layer read: they stay
+    when a sub-block goes. Sub-blocks of equal shape share
     one measurement. The model is left as it was.
 
     Args:
@@ -179,8 +180,9 @@ def _record(
 
     recorded, handles = {}, []
     for layer, kind in places:
+        leaving = parts.norm_paths(layer, kind)
         norm, after = (
-            None if path is None else parts.layers[layer].get_submodule(path)
+            parts.layers[layer].get_submodule(path) if path in leaving else None
             for path in (parts.norm_path(kind), parts.post_norm_path(kind))
         )
         recorded[layer, kind] = calls = _Calls(norm or nn.Identity(), after, fresh)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.decoder import FAMILIES, KINDS, Family, SubBlockKind
-from lit_prune.decoder.families import family_name
+from lit_prune.decoder import KINDS, Family, SubBlockKind, family_of
 from lit_prune.decoder.layout import (
     AttentionLayout,
     LayerLayout,
@@ -79,7 +78,7 @@ def body_of(model: PreTrainedModel) -> Body:
     the embeddings. Both are exact: nothing reads the residual stream in between.
     """
     layout = layout_of(model)
-    family = FAMILIES[layout.family]
+    family = family_of(model)
     stored, ties = tensors_of(model)
     tensors = dict(stored)
     embeddings = next(n for n, p in model.named_parameters() if p is _embedding(model))
@@ -234,7 +233,7 @@ def _embedding(model: PreTrainedModel) -> Tensor:
 
 def _plain_residual(model: PreTrainedModel) -> bool:
     """Whether embeddings and outputs enter the residual stream as they are (Granite may scale)."""
-    if FAMILIES[family_name(model.config.model_type)].embedding_norm is not None:
+    if family_of(model).embedding_norm is not None:
         return False
     scales = ("embedding_multiplier", "residual_multiplier")
     plain = type(model.get_input_embeddings()) is torch.nn.Embedding  # Gemma's scales

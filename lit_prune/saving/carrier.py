@@ -68,6 +68,7 @@ _ONLY_ATTENTION = {"attention_bias": _ATTENTION}
 _DENSE = frozenset({"query_key_value", "dense"})
 _FOUR_H = frozenset({"dense_h_to_4h", "dense_4h_to_h"})
 _BEHIND = "norms behind sub-blocks"
+_TOGETHER = "layers that add attention and MLP together"
 _BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
     "llama": Target(flags=_BOTH, divisor=True),
@@ -89,6 +90,9 @@ TARGETS = {
     "stablelm": Target(
         flags={"use_qkv_bias": _QKV}, even_heads=True, unlike="partly rotary positions"
     ),
+    "cohere": Target(flags=_ONLY_ATTENTION, unlike=_TOGETHER),
+    "cohere2": Target(flags=_ONLY_ATTENTION, even_heads=True, unlike=_TOGETHER),
+    "phi": Target(always=_QKV | {"dense", "fc1", "fc2"}, unlike=_TOGETHER),
     "phi3": Target(even_rope=frozenset({"longrope"}), unlike="fused projections"),
     "gpt2": Target(
         always=frozenset({"c_attn", "c_fc", "c_proj"}), even_heads=True, unlike="learned positions"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.decoder import (
+    KINDS,
     LEADING,
     AttentionSpec,
     DecoderParts,
@@ -159,7 +160,9 @@ def stage(
         if index not in left.blocks:
             continue
         if not counts[place]:
-            _remove(edits, parts, place, biases.get(place) if place == LEADING else None)
+            empty = not any(counts.get((index, kind)) for kind in KINDS)
+            norms = parts.family.norms(part.kind) if empty else parts.norm_paths(*place)
+            _remove(edits, parts, place, norms, biases.get(place) if place == LEADING else None)
             continue
         if counts[place] < part.num_units:
             kept = plan.layers[index].kept(part.kind)
@@ -207,24 +210,26 @@ def _slice(
 
 
 def _remove(
-    edits: StagedEdits, parts: DecoderParts, place: SubBlock, constant: Tensor | None
+    edits: StagedEdits,
+    parts: DecoderParts,
+    place: SubBlock,
+    norms: tuple[str, ...],
+    constant: Tensor | None,
 ) -> None:
-    index, kind = place
-    like = parts.output(index, kind).weight
+    like = parts.output(*place).weight
     bias = None
     if constant is not None:
-        new = constant.to(device=like.device, dtype=like.dtype).clone()
-        bias = nn.Parameter(new, requires_grad=like.requires_grad)
+        bias = nn.Parameter(constant.to(like).clone(), requires_grad=like.requires_grad)
         edits.added(bias, beside=like)
-    module = parts.constant(kind, bias)
-    module.train(parts.sub_block(index, kind).training)
-    home = parts.sub_block_path(kind)
-    outside = (p for p in parts.family.inputs(kind) if not p.startswith(f"{home}."))
-    gone = (*parts.norm_paths(kind), *outside)
+    module = parts.constant(place[1], bias)
+    module.train(parts.sub_block(*place).training)
+    home = parts.sub_block_path(place[1])
+    outside = (p for p in parts.family.inputs(place[1]) if not p.startswith(f"{home}."))
+    gone = (*norms, *outside)
     left = {path: nn.Identity().train(module.training) for path in gone}
     for path, new_module in {home: module, **left}.items():
         parent, _, leaf = path.rpartition(".")
-        edits.attribute(parts.layers[index].get_submodule(parent), leaf, new_module)
+        edits.attribute(parts.layers[place[0]].get_submodule(parent), leaf, new_module)
 
 
 def _add_to_constant(edits: StagedEdits, parts: DecoderParts, constant: Tensor) -> None:

@@ -22,17 +22,21 @@ def mlp(channels=8, *, unit=48, fixed=16, bias=False):
     )  # fmt: skip
 
 
-def decoder(*blocks, hidden=16):
+def decoder(*blocks, hidden=16, shared=None):
+    """A decoder; ``shared``: parameters of the norm that both halves of a parallel layer read."""
     made = tuple(
-        BlockSpec(index=i, name=str(i), attention=a, mlp=m, constant_parameters=0)
+        BlockSpec(
+            index=i, name=str(i), attention=a, mlp=m, shared_parameters=(a and m and shared) or 0
+        )
         for i, (a, m) in enumerate(blocks)
     )
     return DecoderSpec(
-        model_type="llama", hidden_size=hidden, blocks=made, total_parameters=10**6, fingerprint="x"
-    )
+        model_type="llama", hidden_size=hidden, blocks=made, total_parameters=10**6,
+        fingerprint="x", parallel=shared is not None,
+    )  # fmt: skip
 
 
-def random_decoder(rng, *, most_layers=3, channels=(1, 3, 4, 7, 8, 12)):
+def random_decoder(rng, *, most_layers=3, channels=(1, 3, 4, 7, 8, 12), parallel=False):
     blocks = []
     for layer in range(rng.randint(1, most_layers)):
         bias = rng.random() < 0.3
@@ -40,7 +44,7 @@ def random_decoder(rng, *, most_layers=3, channels=(1, 3, 4, 7, 8, 12)):
         m = mlp(rng.choice(channels), unit=rng.choice([48, 96]), bias=bias)
         drawn = rng.random() if layer else 1
         blocks.append((None if drawn < 0.15 else a, None if 0.15 <= drawn < 0.3 else m))
-    return decoder(*blocks)
+    return decoder(*blocks, shared=rng.choice([0, 24, 32]) if parallel else None)
 
 
 def plain_budget(spec, config, cost=None):

@@ -21,10 +21,10 @@ from tests.allocation.specs import (
 SPEC = decoder(*[(attention(), mlp())] * 3)
 
 
-def small_case(seed):
+def small_case(seed, *, parallel=False):
     rng = random.Random(seed)
     while True:
-        spec = random_decoder(rng)
+        spec = random_decoder(rng, parallel=parallel)
         config = random_request(rng, spec)
         budget = plain_budget(spec, config)
         if num_combinations(spec, budget) <= 3000:
@@ -57,9 +57,10 @@ def test_f02_a_ratio_is_refused_exactly_when_no_combination_meets_it(seed):
         assert nearest == pytest.approx(deviations[0] / spec.decoder_parameters, abs=6e-5)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("seed", range(80, 120))
-def test_every_reachable_total_is_reached_by_its_counts(seed):
-    budget = small_case(seed)
+def test_every_reachable_total_is_reached_by_its_counts(seed, parallel):
+    budget = small_case(seed, parallel=parallel)
     totals = ReachableTotals(budget)
     wanted = {
         budget.removed(c) for c in naive_counts(budget.spec, budget.config, budget.channel_multiple)

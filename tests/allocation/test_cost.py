@@ -52,6 +52,7 @@ MODELS = [
     ("qwen2", 2, {}),
     ("qwen3", 2, {}),
     ("mistral", 2, {"sliding_window": 20}),
+    ("phi", 2, {}),  # a norm that both halves of a layer read
     ("qwen2", 2, {"sliding_window": 20, "use_sliding_window": True, "max_window_layers": 2}),
 ]
 
