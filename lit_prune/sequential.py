@@ -39,13 +39,13 @@ from lit_prune.surgery import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration, RowSet, Side
     from lit_prune.config import PruningConfig
-    from lit_prune.decoder import AttentionSpec, BlockSpec, DecoderSpec, MlpSpec
+    from lit_prune.decoder import DecoderSpec
     from lit_prune.planning import Planned
 
 _SIDES: tuple[Side, Side] = ("calibrate", "choose")
@@ -117,8 +117,8 @@ def sequential_compensation(
     Where a family scales what it adds to the stream, so is the target. Where a norm follows a
     sub-block, the target is what the dense model's projection makes, and one that goes whole leaves
     nothing. Where attention and MLP of a layer are added to the stream together, the stream behind
-    the layer is the target of both: first of one, beside the other as it still is, then of the
-    other; one that goes whole comes first, so that the one that stays can make up for it.
+    the layer is the target of both: the attention is fitted beside the whole MLP, then the MLP
+    makes up for what the attention could not.
 
     Costs about three forwards over the calibrate and the choose side, one layer at a time; memory:
     one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and three hidden
@@ -148,7 +148,6 @@ def sequential_compensation(
     made = Compensation({}, plan.digest, weights or weights_digest(model), {}, {})
     refused: list[str] = []
     changed = False
-    done: set[SubBlock] = set()
     bar = tqdm(
         total=len(spec.blocks),
         desc="Compensating (layer by layer)",
@@ -160,11 +159,9 @@ def sequential_compensation(
         for block in spec.blocks:
             for batch in chain(*text.values()):
                 batch.lead(parts, block.index)
-            for part in _order(spec, plan, block):
+            for part in block.sub_blocks:
                 place: SubBlock = (block.index, part.kind)
                 kept = plan.layers[block.index].kept(part.kind)
-                so_far = _cut(spec, plan, done)
-                done.add(place)
                 cut = len(kept) < part.num_units
                 changed = changed or cut
                 if (
@@ -174,7 +171,7 @@ def sequential_compensation(
                 ):
                     continue
                 columns = unit_columns(kept, part.unit_width)
-                with masked(model, so_far, made):
+                with masked(model, _until(spec, plan, place), made):
                     moments = {
                         side: _moments(parts, place, columns, batches)
                         for side, batches in text.items()
@@ -182,7 +179,7 @@ def sequential_compensation(
                 refused += _fit(
                     parts, place, columns, moments, damping, made, cut=cut, bias=cut and add_biases
                 )
-            with masked(model, _cut(spec, plan, done), made):
+            with masked(model, _until(spec, plan, (block.index + 1, "attention")), made):
                 for batch in chain(*text.values()):
                     batch.follow(parts, block.index)
             bar.update()
@@ -261,25 +258,18 @@ def _about(centre: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     return covariance + torch.outer(mean - centre, mean - centre)
 
 
-def _order(
-    spec: DecoderSpec, plan: PruningPlan, block: BlockSpec
-) -> tuple[AttentionSpec | MlpSpec, ...]:
-    """Return the sub-blocks of a layer in the order in which they are fitted."""
-    layer = plan.layers[block.index]
-    if not spec.parallel:
-        return block.sub_blocks
-    return tuple(sorted(block.sub_blocks, key=lambda part: bool(layer.kept(part.kind))))
-
-
-def _cut(spec: DecoderSpec, plan: PruningPlan, places: set[SubBlock]) -> PruningPlan:
-    """Return the plan that cuts these sub-blocks, and nothing else."""
+def _until(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan:
+    """Return the plan that cuts what lies before ``place``, and nothing else."""
     whole = PruningPlan.keep_all(spec)
-    layers = tuple(
-        LayerPlan(
-            cut.index,
-            (cut if (cut.index, "attention") in places else dense).kv_groups,
-            (cut if (cut.index, "mlp") in places else dense).channels,
-        )
-        for cut, dense in zip(plan.layers, whole.layers, strict=True)
-    )
+    layers = tuple(_layers(plan, whole, place))
     return replace(whole, layers=layers)
+
+
+def _layers(plan: PruningPlan, whole: PruningPlan, place: SubBlock) -> Iterator[LayerPlan]:
+    for cut, dense in zip(plan.layers, whole.layers, strict=True):
+        if cut.index < place[0]:
+            yield cut
+        elif cut.index == place[0] and place[1] == "mlp":
+            yield LayerPlan(cut.index, cut.kv_groups, dense.channels)
+        else:
+            yield dense

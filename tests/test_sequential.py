@@ -48,7 +48,7 @@ def streams(model, side, plan=None, compensation=None):
         return captured(model, ROWS, side)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, "cohere"])
 def test_each_layer_lies_nearer_to_the_dense_stream_than_with_the_mean_alone(family):
     model, plan = model_and_plan(family)
     config = PruningConfig(pruning_ratio=0.3, preset="flap")
@@ -92,6 +92,23 @@ def test_against_a_regression_on_what_the_pruned_model_really_gets():
     # with its constant, the mean of the stream is the dense one
     after = pruned["leaves"][1].mean(0)
     torch.testing.assert_close(after, dense["leaves"][1].mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_where_both_are_added_together_the_mlp_makes_up_for_the_attention():
+    """Solved from raw activations: its target holds what the attention no longer writes."""
+    model, plan = model_and_plan("cohere")
+    found = sequential_compensation(model, plan, ROWS)
+    dense, pruned = streams(model, "calibrate"), streams(model, "calibrate", plan, found)
+    kept = list(range(5, 30))
+    before = pruned["leaves"][0] + found.constants[1, "attention"]
+    x, t = pruned["writes"][1, "mlp"][:, kept], dense["leaves"][1] - before
+    weight = output_of(model, 1, "mlp").weight.detach().double()[:, kept]
+    x0, t0 = x - x.mean(0), t - t.mean(0)
+    noise = found.facts["layer 1 mlp"]["damping"] * float(x.var(0, correction=0).mean())
+    inputs = torch.cat([x0 / len(x) ** 0.5, noise**0.5 * torch.eye(len(kept)).double()])
+    missing = torch.cat([(t0 - x0 @ weight.T) / len(x) ** 0.5, torch.zeros(len(kept), 32)])
+    new = weight + torch.linalg.lstsq(inputs, missing).solution.T
+    torch.testing.assert_close(found.weights[1, "mlp"].double(), new, rtol=1e-3, atol=1e-4)
 
 
 def test_what_loses_nothing_gets_no_constant_and_what_lies_before_the_first_cut_stays():

@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lit_prune.calibration import Row, RowSet, replay
+from lit_prune.config import RATIO_TOLERANCE
 from lit_prune.decoder import (
     LEADING,
     DecoderParts,
@@ -19,9 +21,11 @@ from lit_prune.decoder import (
 from lit_prune.decoder.families import FAMILIES
 from lit_prune.errors import SurgeryError
 from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.pruner import prune
+from lit_prune.saving import save_pruned
 from lit_prune.surgery import apply_plan, masked, mean_compensation
 from lit_prune.testing import check_family
-from tests.models import tiny_model, tiny_rows
+from tests.models import batches_of, tiny_model, tiny_rows
 from tests.state import unchanged
 
 ATTENTION, MLP = "attention", "mlp"
@@ -111,6 +115,28 @@ def test_the_norm_leaves_with_the_last_of_its_two_readers_and_is_counted_once(fa
     apply_plan(model, plan, means_of(model, plan))  # layer 0 holds a constant, and nothing else
     assert isinstance(model.model.layers[0].input_layernorm, nn.Identity)
     assert spec_for(model).blocks[0].num_parameters == spec.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "ratio"),
+    [
+        ("phi", "paper", 0.3),
+        ("phi", "flap", 0.3),
+        ("phi", "sleb", 1 / 3),
+        ("cohere", "llm_pruner", 0.3),
+        ("cohere", "shortgpt", 1 / 3),
+    ],
+)
+def test_other_presets_prune_and_plain_transformers_load_it(family, preset, ratio, tmp_path):
+    model = tiny_model(family, layers=6)
+    options = {"preset": preset, "latency_prompt_tokens": 0, "progress": False}
+    result = prune(model, batches_of(tiny_rows(30, 20), 6), pruning_ratio=ratio, **options)
+    assert abs(result.report.achieved_ratio - ratio) <= RATIO_TOLERANCE
+    path = save_pruned(model, tmp_path / "saved", verify=False)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(path), tiny_rows(1)[0][None]
+    with torch.no_grad():
+        wanted, got = model(ids).logits, loaded(ids).logits
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
 # ---- two norms that read one stream ----
