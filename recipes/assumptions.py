@@ -114,7 +114,7 @@ def activations(model: PreTrainedModel, rows: RowSet) -> dict[SubBlock, np.ndarr
         found.setdefault(place, []).append(args[0].flatten(0, 1).float().cpu().numpy())
 
     places = [(index, part.kind) for index, part in spec_for(model).sub_blocks]
-    handles = [parts.output(*p).register_forward_pre_hook(partial(keep, p)) for p in places]
+    handles = [parts.output(*p).module.register_forward_pre_hook(partial(keep, p)) for p in places]
     try:
         with quiet(model):
             for row in rows.rows:

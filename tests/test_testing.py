@@ -74,7 +74,7 @@ ANOTHER = [
     ("phi", {"head_dim": 12, "num_attention_heads": 6, "kv_heads": 3}),
 ]
 EVERY = ("block", "sub_block", "kv_group", "channel")
-MODEL_FILE = {"llama", "mistral", "qwen2", "qwen3", "granite"}
+MODEL_FILE = {"llama", "mistral", "qwen2", "qwen3", "granite", "phi3"}
 WIDTHS = ("qwen2", "stablelm", "cohere2")  # heads are hidden_size / heads wide
 BEHIND_NORMS = {"gemma2", "gemma3_text", "olmo2", "olmo3"}
 
@@ -132,7 +132,7 @@ VARIANTS = [
     ("falcon", {"multi_query": True, "alibi": True, "tie": True}),
     ("falcon", {"multi_query": True}),
     ("falcon", {"multi_query": False, "alibi": True, "kv_heads": 4}),
-    ("phi3", {"kv_heads": 1, "max_position_embeddings": 12, "rope_parameters": LONG}),
+    ("phi3", {"kv_heads": 1, "original_max_position_embeddings": 16, "rope_parameters": LONG}),
     ("phi3", {"kv_heads": 4, "tie": True}),
     ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
     ("opt", {"enable_bias": False, "tie": True}),
@@ -416,6 +416,28 @@ def test_a_budget_in_latency_measures_every_kind_of_sub_block(family):
         latency_prompt_tokens=8, latency_new_tokens=2, granularities=("block",),
     )  # fmt: skip
     assert result.report.budget == "latency"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["conditional", "paper", "flap", "llm_pruner"])
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_presets_prune_and_plain_transformers_loads(family, preset, tmp_path):
+    model = uneven_norms(tiny_model(family, **ODD[family]))
+    assert run(model, 0.25, preset=preset).report.achieved_ratio == pytest.approx(0.25, abs=0.005)
+    path = save_pruned(model, tmp_path / "x")  # looked at in a fresh process too
+    ids = tiny_rows(1)[0][None]
+    wanted, got = model(ids).logits, AutoModelForCausalLM.from_pretrained(path)(ids).logits
+    assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_gpt2_of_all_heads_and_fewer_channels_is_stock(tmp_path):
+    model = tiny_model("gpt2")
+    options = {"granularities": ("channel",), "allocator": "uniform_widths", "channel_multiple": 1}
+    run(model, 0.25, **options)
+    path = save_pruned(model, tmp_path / "x", format="stock", verify=False)
+    loaded, ids = AutoModelForCausalLM.from_pretrained(path), tiny_rows(1)[0][None]
+    assert loaded.config.n_inner == spec_for(model).blocks[0].mlp.num_channels < 48
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_auto_says_why_it_pads_a_family_without_a_model_file(tmp_path):

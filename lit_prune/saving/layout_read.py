@@ -15,7 +15,10 @@ _SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 _LISTS = {
     "skip": KINDS,
     "constants": KINDS,
-    "biases": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "biases": (
+        *("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_up_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
 }
 
 

@@ -24,6 +24,14 @@ from tests.models import batches_of, padded_batch, tiny_rows
 from tests.saving.cases import ALL, FAMILIES, alter, listing, logits, pruned
 from tests.saving.test_card import tiny_tokenizer
 
+# Lines of the master that a file has otherwise: fused projections, attentions that ask a config.
+UNLIKE = {
+    "phi3": {
+        '"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),',
+        '"mlp": ("gate_proj", "up_proj", "down_proj"),',
+        "self.mlp.config = self.self_attn.config = config  # where set_attn_implementation writes",
+    }
+}
 KINDS = ("no_first_attention_mean", "leading_mean", "no_mlp", "uneven")
 OPTIONS = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
 
@@ -37,7 +45,10 @@ def directory(tmp_path):
 def test_model_files_are_copies_of_one_and_import_nothing_of_ours(family):
     master = model_file("llama").read_text()
     text = model_file(family).read_text()
-    assert text == master.replace("Llama", family.capitalize()).replace("llama", family)
+    wanted = master.replace("Llama", family.capitalize()).replace("llama", family)
+    assert text == wanted or family in UNLIKE
+    lost = {line.strip() for line in set(wanted.splitlines()) - set(text.splitlines())}
+    assert lost == UNLIKE.get(family, set())
     assert "lit_prune" not in "".join(x for x in text.splitlines() if "import" in x)
 
 

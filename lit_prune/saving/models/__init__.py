@@ -1,6 +1,7 @@
 """Model files that travel with a saved directory: self-contained, they never import lit_prune.
 
-``modeling_pruned_llama.py`` is the master; the others are the same text under other names.
+``modeling_pruned_llama.py`` is the master; the others are the same text under other names (Phi-3's
+has the names of fused projections, and a config of its own for each attention).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from lit_prune.decoder.families import PRUNED
 
 # Families with a model file, so that layers may differ in a saved directory.
-HELD = ("llama", "mistral", "qwen2", "qwen3", "granite")
+HELD = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
 MODEL_FILES = frozenset(f"modeling_{PRUNED}{family}.py" for family in HELD)
 
 

@@ -1,0 +1,191 @@
+"""Phi3 whose decoder layers differ from each other, as lit_prune leaves them.
+
+Self-contained: it needs torch and transformers, nothing else, and travels beside the weights for
+``trust_remote_code=True``. What each layer holds stands in ``config.json`` under
+``per_layer_config``, in the schema of transformers: ``num_attention_heads``,
+``num_key_value_heads``, ``intermediate_size`` and ``skip`` (``attention``, ``mlp``). Two keys are
+our own: ``biases``, the projections that have one, and ``constants``, the skipped sub-blocks that a
+constant stands in for. Weights that do not belong to the config are an error: nothing is dropped,
+nothing is made up.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: ANN401, RUF012
+
+import copy
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+from transformers.models.phi3.modeling_phi3 import (
+    Phi3DecoderLayer,
+    Phi3ForCausalLM,
+    Phi3Model,
+    Phi3PreTrainedModel,
+)
+
+_PROJECTIONS = {
+    "self_attn": ("qkv_proj", "o_proj"),
+    "mlp": ("gate_up_proj", "down_proj"),
+}
+
+
+@strict
+class PrunedPhi3Config(Phi3Config):
+    """A Phi3 config with ``per_layer_config``; the widths beside it are 0 and mean nothing."""
+
+    model_type = "pruned_phi3"
+
+    biases: list[str] | None = None
+    constants: list[str] | None = None
+
+    def validate_architecture(self) -> None:
+        """Accept any head count: ``head_dim`` is explicit, and no layer needs a divisor."""
+
+    def validate_rope(self) -> None:
+        """Leave the rotary factors to the model: the head count to check them by is 0."""
+
+
+class LayerConfig:
+    """The config of all layers, but for the head count, which the attention reads from it."""
+
+    def __init__(self, shared: Any, num_attention_heads: int) -> None:
+        self._shared, self.num_attention_heads = shared, num_attention_heads
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is not found here as the model's config has it now."""
+        if name == "_shared" or name.startswith("__"):  # a copy in the making has none yet
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
+class ConstantOutput(nn.Module):
+    """In place of a skipped attention or MLP: a constant, or zero, for the residual stream."""
+
+    stands_for_removed = True
+
+    def __init__(self, hidden_size: int | None, *, returns_weights: bool) -> None:
+        super().__init__()
+        bias = None if hidden_size is None else nn.Parameter(torch.zeros(hidden_size))
+        self.register_parameter("bias", bias)
+        self.returns_weights = returns_weights
+
+    def forward(self, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """Return the constant, whatever comes in; attention returns its weights too."""
+        output = hidden_states.new_zeros(()) if self.bias is None else self.bias
+        return (output, None) if self.returns_weights else output
+
+
+class PrunedPhi3DecoderLayer(Phi3DecoderLayer):
+    """A stock layer in the sizes of its own, with what it skips taken out."""
+
+    def __init__(self, config: Any, layer_idx: int, cache_slot: int | None) -> None:
+        sizes = copy.copy(config.per_layer_config[layer_idx])
+        skip = getattr(sizes, "skip", None) or ()
+        if "attention" in skip:
+            sizes.num_attention_heads = sizes.num_key_value_heads = 1  # built, then taken out
+        if "mlp" in skip:
+            sizes.intermediate_size = 1
+        super().__init__(sizes, layer_idx)
+        for part, projections in _PROJECTIONS.items():
+            if sizes.biases is not None:
+                self._give_biases(getattr(self, part), projections, sizes.biases)
+        self.mlp.config = config  # where set_attn_implementation writes
+        self.self_attn.config = LayerConfig(config, sizes.num_attention_heads)
+        self.self_attn.layer_idx = cache_slot
+        if "attention" in skip:
+            held = config.hidden_size if "attention" in (sizes.constants or ()) else None
+            self.self_attn = ConstantOutput(held, returns_weights=True)
+            self.input_layernorm = nn.Identity()
+        if "mlp" in skip:
+            held = config.hidden_size if "mlp" in (sizes.constants or ()) else None
+            self.mlp = ConstantOutput(held, returns_weights=False)
+            self.post_attention_layernorm = nn.Identity()
+
+    @staticmethod
+    def _give_biases(part: Any, projections: tuple[str, ...], wanted: Any) -> None:
+        for name in projections:
+            old = getattr(part, name)
+            if (old.bias is not None) != (name in wanted):
+                new = nn.Linear(old.in_features, old.out_features, bias=name in wanted)
+                setattr(part, name, new)
+
+
+class PrunedPhi3Model(Phi3Model):
+    """The stock decoder with layers of different sizes."""
+
+    config_class = PrunedPhi3Config
+    config: PrunedPhi3Config
+    _no_split_modules = ["PrunedPhi3DecoderLayer"]
+
+    def __init__(self, config: PrunedPhi3Config) -> None:
+        slots = cache_slots(config)
+        # everything but the layers; some rotary types read head counts, so an attending layer's
+        sizes = copy.copy(config.per_layer_config[min(slots)])
+        sizes.num_hidden_layers = 0
+        super().__init__(sizes)
+        config._attn_implementation = sizes._attn_implementation  # chosen by the line before
+        self.config = config
+        self.layers = nn.ModuleList(
+            PrunedPhi3DecoderLayer(config, index, slots.get(index))
+            for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+
+class PrunedPhi3ForCausalLM(Phi3ForCausalLM):
+    """The stock language model around `PrunedPhi3Model`."""
+
+    config_class = PrunedPhi3Config
+    config: PrunedPhi3Config
+    _no_split_modules = ["PrunedPhi3DecoderLayer"]
+
+    def __init__(self, config: PrunedPhi3Config) -> None:
+        Phi3PreTrainedModel.__init__(self, config)
+        self.model = PrunedPhi3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as every model does, but refuse what transformers would only warn of.
+
+        Raises:
+            ValueError: If a tensor is missing, not expected, or of another shape.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = {kind: sorted(map(str, found)) for kind, found in info.items() if found}
+        if wrong:
+            raise ValueError(
+                f"these weights do not belong to this config: {wrong}. Save the model again; do "
+                "not mix the config.json of one model with the weights of another."
+            )
+        return (model, info) if asked else model
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+def cache_slots(config: Any) -> dict[int, int]:
+    """Give every attention a slot of the KV cache: of each attention type, the first ones.
+
+    A cache reads its length from its first slot: that one must be in use, whichever layer lost its
+    attention.
+    """
+    count = config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * count
+    free = {kind: [i for i in range(count) if types[i] == kind] for kind in set(types)}
+    skips = [getattr(config.per_layer_config[i], "skip", None) or () for i in range(count)]
+    attends = [i for i in range(count) if "attention" not in skips[i]]
+    return {index: free[types[index]].pop(0) for index in attends}
+
+
+# `save_pretrained` writes `auto_map` and this file again
+PrunedPhi3Config.register_for_auto_class("AutoConfig")
+PrunedPhi3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["PrunedPhi3Config", "PrunedPhi3ForCausalLM", "PrunedPhi3Model"]
