@@ -75,14 +75,15 @@ def prune(
     progress: bool = True,
     **options: Any,
 ) -> PruningResult:
-    """Prune a causal language model in place.
+    """Prune a causal language model, or a classifier on its decoder, in place.
 
     Args:
-        model: A Hugging Face …ForCausalLM of a supported family, on the device where it shall be
-            calibrated.
+        model: A Hugging Face …ForCausalLM of a supported family (or …ForSequenceClassification,
+            …ForTokenClassification), on the device where it shall be calibrated.
         dataloader: Batches with ``input_ids [batch, tokens]`` and, where there is padding,
-            ``attention_mask``; ``labels`` of -100 leave tokens out of the perplexity. Rows are
-            split by content into a side to calibrate on, one to choose on and one to score on.
+            ``attention_mask``; ``labels`` of -100 leave tokens out of the perplexity, and those of
+            a classifier are its classes. Rows are split by content into a side to calibrate on, one
+            to choose on and one to score on.
         dry_run: Stop before surgery and report what would happen.
         calibration: A saved calibration of this model in place of ``dataloader``: planning costs no
             forward pass then (measuring does).
@@ -213,7 +214,7 @@ def make_report(
             f"{_FEW_TOKENS}"
         ]
     if (scored := calibration.rows.num_scored("score")) < _FEW_SCORED:
-        few.append(f"only {scored} tokens are scored: the perplexity is a rough estimate")
+        few.append(_few_scored(scored, classifies=calibration.rows.classifies))
     if calibration.weights_digest is None:
         few.append(_UNNAMED)
     per_channel = calibration.tokens_per_channel
@@ -259,6 +260,14 @@ def make_report(
         ),
         versions=versions(),
     )
+
+
+def _few_scored(scored: int, *, classifies: bool) -> str:
+    if not classifies:
+        return f"only {scored} tokens are scored: the perplexity is a rough estimate"
+    if not scored:
+        return "no sample to score has a label: accuracy and cross-entropy were not measured"
+    return f"only {scored} labels are scored: the accuracy is a rough estimate"
 
 
 def refuse_non_finite_weights(model: PreTrainedModel) -> None:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lit_prune.calibration.data_name import data_notes
 from lit_prune.calibration.inputs import CAPPED, real_tokens
+from lit_prune.calibration.labels import DISAGREE
 from lit_prune.calibration.rows import Row, RowSet
+from lit_prune.decoder import task_of
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ def collect_rows(
 
     Args:
         model: The language model that the ids are for.
-        dataloader: Mappings with ``input_ids`` and, where there is padding, ``attention_mask``.
+        dataloader: Mappings with ``input_ids`` and, where there is padding, ``attention_mask``;
+            ``labels`` where they exist.
         max_tokens: Take no new sample once there are this many real tokens.
 
     Returns:
@@ -45,7 +48,7 @@ def collect_rows(
                 "({'input_ids': x, 'attention_mask': m} for x, m in loader)."
             )
         inputs = {key: batch[key] for key in batch.keys()}  # noqa: SIM118 - a BatchEncoding, say
-        real = real_tokens(inputs, model.config, f"batch {number}")
+        real = real_tokens(inputs, model.config, f"batch {number}", task=task_of(model))
         notes |= dict.fromkeys(real.notes)
         for _, _, row in real.rows():
             if row.digest not in found:
@@ -53,6 +56,8 @@ def collect_rows(
                     notes[CAPPED] = None
                     return RowSet.of(found.values()), tuple(notes)
                 tokens += len(row.ids)
+            if row.disagrees(found.get(row.digest)):
+                notes[DISAGREE] = None
             found[row.digest] = row.merged(found.get(row.digest))
     return RowSet.of(found.values()), tuple(notes)
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.generating import GenerateWatch
 from lit_prune.calibration.inputs import CAPPED, real_tokens
+from lit_prune.calibration.labels import DISAGREE
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
-from lit_prune.decoder import DecoderParts, SubBlock, fingerprint
+from lit_prune.decoder import DecoderParts, SubBlock, fingerprint, task_of
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class Observer:
         place = f"forward {self.num_batches}"
         config, caches = self.model.config, inputs.get("use_cache")
         caches = getattr(config, "use_cache", False) if caches is None else caches
-        batch = real_tokens(inputs, config, place, caches=bool(caches))
+        task = task_of(self.model)
+        batch = real_tokens(inputs, config, place, caches=bool(caches), task=task)
         self.notes += [note for note in batch.notes if note not in self.notes]
         selected = torch.zeros_like(batch.mask)
         tokens = self.num_tokens
@@ -178,6 +180,8 @@ class Observer:
                     break
                 tokens += len(row.ids)
                 selected[i] |= columns & (side_of(row.digest) == "calibrate")
+            if row.disagrees(known) and DISAGREE not in self.notes:
+                self.notes.append(DISAGREE)
             self._arriving[row.digest] = row.merged(known)
         self._selected = selected
 

@@ -3,6 +3,16 @@
 from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.describe import fingerprint, spec_for
 from lit_prune.decoder.families import FAMILIES, Family, family_of, register_family
+from lit_prune.decoder.head import (
+    IGNORED_LABEL,
+    Task,
+    auto_class,
+    head_of,
+    logits_of,
+    placed_labels,
+    read_at,
+    task_of,
+)
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.prices import Price, constant_bytes, unit_prices
@@ -19,6 +29,7 @@ from lit_prune.decoder.spec import (
 
 __all__ = [
     "FAMILIES",
+    "IGNORED_LABEL",
     "KINDS",
     "LEADING",
     "AttentionSpec",
@@ -32,14 +43,21 @@ __all__ = [
     "Remainder",
     "SubBlock",
     "SubBlockKind",
+    "Task",
     "all_kept",
+    "auto_class",
     "constant_bytes",
     "family_of",
     "find_causal_lm",
     "fingerprint",
+    "head_of",
+    "logits_of",
+    "placed_labels",
     "quiet",
+    "read_at",
     "register_family",
     "remainder",
     "spec_for",
+    "task_of",
     "unit_prices",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, get_args
 
 from lit_prune.config import Granularity
+from lit_prune.decoder.head import TASKS, task_named
 from lit_prune.errors import ConfigError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -226,11 +227,12 @@ def family_of(model: PreTrainedModel) -> Family:
             "lit_prune.decoder.register_family(Family(...)), and check it by "
             "lit_prune.testing.check_family."
         )
-    if not type(model).__name__.endswith("ForCausalLM"):
+    if task_named(type(model).__name__) is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a causal language model with a head; pass the whole "
-            "…ForCausalLM."
+            f"model: {', '.join(f'…{end}' for end in TASKS)}."
         )
+    _refuse_other_labels(model)
     family = FAMILIES[name]
     for option, reason in family.refuses_config.items():
         if getattr(model.config, option, None):
@@ -239,3 +241,16 @@ def family_of(model: PreTrainedModel) -> Family:
                 f"{model_type!r} models without it only."
             )
     return family
+
+
+def _refuse_other_labels(model: PreTrainedModel) -> None:
+    """Refuse a classifier whose head does not choose one class of several."""
+    if task_named(type(model).__name__) == "next_token":
+        return
+    kind = getattr(model.config, "problem_type", None)
+    if kind not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {model.config.num_labels} output(s), "
+            f"problem_type {kind!r}: lit_prune measures heads that choose one class of several "
+            "(no regression, reward, or several labels at once)."
+        )

@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lit_prune.decoder.families import FAMILIES, family_name, family_of
+from lit_prune.decoder.head import TASKS, task_named
 from lit_prune.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CLASSES = " or ".join(f"…{end}" for end in TASKS)
+
 
 def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedModel:
     """Return the one Hugging Face causal language model that ``module`` holds (or is).
+
+    A classifier of texts or tokens on such a decoder counts as one.
 
     Args:
         module: Any module, a LightningModule for instance.
@@ -43,14 +48,14 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         if not isinstance(found, PreTrainedModel):
             raise ConfigError(
                 f"language_model={name!r} is a {type(found).__name__}, expected a Hugging Face "
-                "…ForCausalLM."
+                f"{_CLASSES}."
             )
         family_of(found)
         return found
     whole = {
         path: part
         for path, part in module.named_modules()
-        if isinstance(part, PreTrainedModel) and type(part).__name__.endswith("ForCausalLM")
+        if isinstance(part, PreTrainedModel) and task_named(type(part).__name__) is not None
     }
     supported = {
         path: part
@@ -69,5 +74,5 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
     others = sorted(type(p).__name__ for p in module.modules() if isinstance(p, PreTrainedModel))
     raise UnsupportedModelError(
         f"{type(module).__name__} holds no Hugging Face causal language model (found: "
-        f"{others or 'none'}). Supported: …ForCausalLM of {', '.join(sorted(FAMILIES))}."
+        f"{others or 'none'}). Supported: {_CLASSES} of {', '.join(sorted(FAMILIES))}."
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import DecoderParts
+from lit_prune.decoder import DecoderParts, head_of
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
 from lit_prune.metrics.peak import measure_peak
@@ -35,7 +35,7 @@ class FootprintResult:
             two per multiply-accumulate of every linear weight, and of the products query x key and
             attention x value over ``context_length`` keys. Norms, activations, softmax, rotary
             embedding and bias additions are not counted.
-        head_flops_per_token: The same of the language-model head.
+        head_flops_per_token: The same of the head.
         context_length: Keys that the token attends to (fewer where a sliding window is shorter). A
             causal prompt of that length has half as many on average, if the kernel skips the masked
             half.
@@ -107,7 +107,7 @@ def footprint_of(
     attention = [
         (parts, layer) for layer in range(len(parts.layers)) if parts.exists(layer, "attention")
     ]
-    head = model.get_output_embeddings()
+    head: Any = head_of(model)
     result = FootprintResult(
         decoder_parameters=_num_parameters(parts.layers.parameters()),
         total_parameters=_num_parameters(model.parameters()),

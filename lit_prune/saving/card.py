@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder import Task, task_of
 from lit_prune.decoder.families import family_name
 from lit_prune.saving.versions import package_versions
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from lit_prune.report import PruningReport
     from lit_prune.saving.prepared import Prepared
 
+# What a model is for, as model hubs call it and in words.
+_PIPELINES: dict[Task, str] = {
+    "next_token": "text-generation",
+    "sequence": "text-classification",
+    "token": "token-classification",
+}
+_KINDS: dict[Task, str] = {
+    "next_token": "causal language model",
+    "sequence": "classifier of texts",
+    "token": "classifier of tokens",
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -44,7 +56,7 @@ def model_card(
     """
     base = _plain_text(str(getattr(model.config, "name_or_path", "") or ""))
     parts = [
-        _front_matter(base, prepared.library),
+        _front_matter(base, prepared.library, _PIPELINES[task_of(model)]),
         f"# {_plain_text(name)}",
         _origin(model, base, plan, report),
     ]
@@ -56,15 +68,15 @@ def model_card(
         how_to_load(prepared, name),
         "\n".join(f"- {note}" for note in prepared.notes),
         "## Limits",
-        _limits(prepared, verify=verify, rounded=rounded),
+        _limits(prepared, task_of(model), verify=verify, rounded=rounded),
         "## Versions",
         _versions(plan, report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(base: str, library: str) -> str:
-    lines = ["---", "tags:", "- lit_prune", "- structured-pruning", "pipeline_tag: text-generation"]
+def _front_matter(base: str, library: str, pipeline: str) -> str:
+    lines = ["---", "tags:", "- lit_prune", "- structured-pruning", f"pipeline_tag: {pipeline}"]
     lines.append(f"library_name: {library}")
     if _HUB_NAME.fullmatch(base):
         lines.append(f"base_model: {base}")
@@ -80,7 +92,7 @@ def _origin(
     origin = f"from `{shown}`" if shown else "from a model without a name"
     count = sum(p.numel() for p in model.parameters())
     family = family_name(model.config.model_type)
-    kind = f"A {family} causal language model {origin}: {count:,} parameters"
+    kind = f"A {family} {_KINDS[task_of(model)]} {origin}: {count:,} parameters"
     if plan is None:
         return f"{kind}. It carries no pruning plan."
     lines = [f"{kind}, structurally pruned by lit_prune (plan `{plan.digest[:12]}`, `plan.json`)."]
@@ -113,8 +125,9 @@ def how_to_load(prepared: Prepared, name: str) -> str:
     return "\n\n".join("\n".join(block).strip() for block in blocks)
 
 
-def _limits(prepared: Prepared, *, verify: bool, rounded: bool) -> str:
-    lines = ["Perplexity on some text is not fitness for a task: measure yours."]
+def _limits(prepared: Prepared, task: Task, *, verify: bool, rounded: bool) -> str:
+    quality = "Perplexity on some text" if task == "next_token" else "Accuracy on some samples"
+    lines = [f"{quality} is not fitness for a task: measure yours."]
     lines += prepared.limits()
     if rounded:
         lines.append(

@@ -17,6 +17,8 @@ from lit_prune.decoder import (
     DecoderParts,
     DecoderSpec,
     SubBlock,
+    auto_class,
+    logits_of,
     quiet,
     remainder,
     spec_for,
@@ -95,9 +97,11 @@ def apply_plan(
 
 
 def _loaded(name: str | Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    config = transformers.AutoConfig.from_pretrained(name)
+    auto: Any = getattr(transformers, auto_class(*(config.architectures or ("",))[:1]))
+    model: PreTrainedModel = auto.from_pretrained(name, dtype="auto")
     return model.eval()  # type: ignore[no-any-return] # untyped upstream
 
 
@@ -310,8 +314,7 @@ def _check_ids(model: PreTrainedModel) -> Tensor:
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with quiet(model):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+        return logits_of(model, input_ids=ids)
 
 
 def _wanted(
