@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 from lit_prune.config import Granularity
 from lit_prune.decoder.head import TASKS, task_named
+from lit_prune.decoder.other_kinds import other_kind
 from lit_prune.errors import ConfigError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -214,11 +215,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = family_name(model_type)
-    if name in REFUSED and name not in FAMILIES:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned: "
-            f"{REFUSED[name]}. Supported: {', '.join(sorted(FAMILIES))}."
-        )
+    refuse_known_kind(model)
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
@@ -241,6 +238,22 @@ def family_of(model: PreTrainedModel) -> Family:
                 f"{model_type!r} models without it only."
             )
     return family
+
+
+def refuse_known_kind(model: PreTrainedModel) -> None:
+    """Refuse a model of a kind that is known not to work.
+
+    Raises:
+        UnsupportedModelError: Says why.
+    """
+    config = getattr(model, "config", None)
+    name = family_name(model_type := getattr(config, "model_type", None))
+    reason = None if name in FAMILIES else REFUSED.get(name) or other_kind(config)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned: "
+            f"{reason}. Supported: {', '.join(sorted(FAMILIES))}."
+        )
 
 
 def _refuse_other_labels(model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_prune.decoder.families import FAMILIES, family_name, family_of
+from lit_prune.decoder.families import FAMILIES, family_name, family_of, refuse_known_kind
 from lit_prune.decoder.head import TASKS, task_named
 from lit_prune.errors import ConfigError, UnsupportedModelError
 
@@ -71,8 +71,11 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         )
     if whole:
         family_of(next(iter(whole.values())))  # raises, and names the family
-    others = sorted(type(p).__name__ for p in module.modules() if isinstance(p, PreTrainedModel))
+    others = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    for part in others:
+        refuse_known_kind(part)
+    found = sorted(type(part).__name__ for part in others) or "none"
     raise UnsupportedModelError(
-        f"{type(module).__name__} holds no Hugging Face causal language model (found: "
-        f"{others or 'none'}). Supported: {_CLASSES} of {', '.join(sorted(FAMILIES))}."
+        f"{type(module).__name__} holds no Hugging Face causal language model (found: {found}). "
+        f"Supported: {_CLASSES} of {', '.join(sorted(FAMILIES))}."
     )

@@ -99,9 +99,7 @@ def test_labels_that_the_head_cannot_mean_are_refused(task, labels, message):
 
 def test_padding_that_the_head_would_read_is_refused():
     batch = padded_batch(ROWS[:4], pad=7)  # the config names 0
-    with pytest.raises(
-        CalibrationError, match=r"reads row \d at token \d.*id is 7, and conf"
-    ):
+    with pytest.raises(CalibrationError, match=r"reads row \d at token \d.*id is 7, and conf"):
         rows_of(tiny_classifier("sequence", layers=1), [batch])
     rows_of(tiny_classifier("token", layers=1), [batch])  # reads each real one
 
