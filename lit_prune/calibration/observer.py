@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.generating import GenerateWatch
+from lit_prune.calibration.images import left_out, text_only
 from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.labels import DISAGREE
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
-from lit_prune.decoder import DecoderParts, SubBlock, fingerprint, task_of
+from lit_prune.decoder import DecoderParts, SubBlock, fingerprint, media_tokens, task_of, whole_of
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Observer:
         self.moments: dict[Probed, ChannelMoments] = {}
         self.num_batches = 0
         self.num_tokens = 0
+        self.num_images = 0  # samples with one, which are passed over
         self.notes: list[str] = []
         self.paused = False
         self._handles: list[RemovableHandle | GenerateWatch] = []
@@ -116,18 +118,16 @@ class Observer:
 
     def open(self) -> None:
         """Attach the hooks. Close or discard the observer before the model is changed."""
-        parts = DecoderParts(self.model)
+        parts, whole = DecoderParts(self.model), whole_of(self.model)
         try:
-            self._handles.append(
-                self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            )
+            self._handles.append(whole.register_forward_pre_hook(self._before, with_kwargs=True))
             for place in parts.places() if self.probes else ():
                 linear, name = parts.output(*place), parts.output_name(*place)
                 self.moments[place] = ChannelMoments(linear.weight.shape[1], name)
                 probe = partial(self._probe, place)
                 self._handles.append(linear.register_forward_pre_hook(probe))
-            self._handles.append(self.model.register_forward_hook(self._after))
-            self._generate = GenerateWatch(self.model)
+            self._handles.append(whole.register_forward_hook(self._after))
+            self._generate = GenerateWatch(whole)
             self._handles.append(self._generate)
         except BaseException:
             self.close()
@@ -168,11 +168,16 @@ class Observer:
         config, caches = self.model.config, inputs.get("use_cache")
         caches = getattr(config, "use_cache", False) if caches is None else caches
         task = task_of(self.model)
+        given: Any = inputs.get("input_ids")
+        inputs, text = text_only(inputs, media_tokens(self.model))
+        if text is not None:
+            self._count_images(len(given) - len(text))
         batch = real_tokens(inputs, config, place, caches=bool(caches), task=task)
         self.notes += [note for note in batch.notes if note not in self.notes]
-        selected = torch.zeros_like(batch.mask)
+        selected = torch.zeros_like(given, dtype=torch.bool)
         tokens = self.num_tokens
-        for i, columns, row in batch.rows():
+        for number, columns, row in batch.rows():
+            i = number if text is None else int(text[number])
             known = self._arriving.get(row.digest) or self.rows.get(row.digest)
             if known is None:
                 if tokens >= self.max_tokens:
@@ -184,6 +189,11 @@ class Observer:
                 self.notes.append(DISAGREE)
             self._arriving[row.digest] = row.merged(known)
         self._selected = selected
+
+    def _count_images(self, number: int) -> None:
+        old = left_out(self.num_images)
+        self.num_images += number
+        self.notes = [*(note for note in self.notes if note != old), left_out(self.num_images)]
 
     @_kept
     def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:

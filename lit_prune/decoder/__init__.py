@@ -26,6 +26,7 @@ from lit_prune.decoder.spec import (
     MlpSpec,
     SubBlockKind,
 )
+from lit_prune.decoder.wrapper import media_tokens, text_view, whole_of
 
 __all__ = [
     "FAMILIES",
@@ -52,6 +53,7 @@ __all__ = [
     "fingerprint",
     "head_of",
     "logits_of",
+    "media_tokens",
     "placed_labels",
     "quiet",
     "read_at",
@@ -59,5 +61,7 @@ __all__ = [
     "remainder",
     "spec_for",
     "task_of",
+    "text_view",
     "unit_prices",
+    "whole_of",
 ]

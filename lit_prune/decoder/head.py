@@ -47,6 +47,8 @@ def auto_class(class_name: str) -> str:
         >>> auto_class("LlamaForTokenClassification"), auto_class("LlamaModel")
         ('AutoModelForTokenClassification', 'AutoModelForCausalLM')
     """
+    if class_name.endswith("ForConditionalGeneration"):  # multimodal: see `text_view`
+        return "AutoModelForImageTextToText"
     wanted = task_named(class_name) or "next_token"
     return next(f"AutoModel{end}" for end, task in TASKS.items() if task == wanted)
 

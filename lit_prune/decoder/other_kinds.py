@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lit_prune.decoder.wrapper import WRAPPERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,6 +20,14 @@ _STATE_SPACE = (
 _HYBRID = (
     "it is a hybrid: some of its layers are state-space (recurrent) or convolutional ones, not "
     "attention, which lit_prune cannot slice"
+)
+_PREFIX = (
+    "it is multimodal, and the tokens of its prompt see each other both ways: lit_prune calibrates "
+    "on causal streams"
+)
+_MULTIMODAL = (
+    "it is multimodal, and lit_prune finds the language model inside …ForConditionalGeneration of "
+    f"{', '.join(WRAPPERS)} only"
 )
 _ENCODER = (
     "it is an encoder: each token sees those after it, and lit_prune calibrates on causal streams"
@@ -35,6 +45,7 @@ _KINDS = {
         "lfm2_moe", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
         "qwen3_next", "recurrent_gemma", "zamba", "zamba2",
     ),
+    _PREFIX: ("paligemma",),
     _ENCODER: (
         "albert", "bert", "big_bird", "camembert", "canine", "convbert", "data2vec-text", "deberta",
         "deberta-v2", "distilbert", "electra", "ernie", "eurobert", "flaubert", "fnet", "funnel",
@@ -56,4 +67,6 @@ def other_kind(config: PreTrainedConfig | None) -> str | None:
     """
     if getattr(config, "is_encoder_decoder", False):
         return _ENCODER_DECODER
-    return _REASONS.get(str(getattr(config, "model_type", None)))
+    reason = _REASONS.get(str(getattr(config, "model_type", None)))
+    text: Any = getattr(config, "get_text_config", lambda: config)
+    return reason or (_MULTIMODAL if text() is not config else None)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import DecoderParts, head_of
+from lit_prune.decoder import DecoderParts, head_of, whole_of
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
 from lit_prune.metrics.peak import measure_peak
@@ -110,14 +110,14 @@ def footprint_of(
     head: Any = head_of(model)
     result = FootprintResult(
         decoder_parameters=_num_parameters(parts.layers.parameters()),
-        total_parameters=_num_parameters(model.parameters()),
+        total_parameters=_num_parameters(whole_of(model).parameters()),
         flops_per_token=_linear_flops(parts.layers)
         + sum(_attention_flops(*where, context_length) for where in attention),
         head_flops_per_token=0 if head is None else 2 * head.weight.numel(),
         context_length=context_length,
         kv_cache_bytes_per_token=sum(_kv_bytes(*where) for where in attention),
         decoder_weight_bytes=sum(p.nbytes for p in parts.layers.parameters()),
-        weight_bytes=_storage_bytes(model.parameters()),
+        weight_bytes=_storage_bytes(whole_of(model).parameters()),
     )
     if peak_ids is None:
         return result

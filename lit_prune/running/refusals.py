@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_prune.calibration.images import LEFT_OUT, NOTHING_LEFT
 from lit_prune.errors import (
     CalibrationError,
     ConfigError,
@@ -19,6 +20,8 @@ from lit_prune.running.loops import is_a
 from lit_prune.running.sharded import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
     from transformers import PreTrainedModel
@@ -136,7 +139,7 @@ def refuse_stale_optimizers(trainer: Trainer, pl_module: LightningModule) -> Non
         )
 
 
-def refuse_nothing_seen(trainer: Trainer, rows: RowSet) -> None:
+def refuse_nothing_seen(trainer: Trainer, rows: RowSet, notes: Sequence[str] = ()) -> None:
     """Refuse a validation in which the language model saw no text.
 
     Raises:
@@ -144,6 +147,8 @@ def refuse_nothing_seen(trainer: Trainer, rows: RowSet) -> None:
     """
     if rows.rows:
         return
+    if any(LEFT_OUT in note for note in notes):
+        raise CalibrationError(f"{NOTHING_LEFT}.")
     batches = sum(trainer.num_val_batches)
     length = "all" if math.isinf(batches) else f"{batches}"  # an iterable data set does not know
     raise CalibrationError(

@@ -114,7 +114,7 @@ def judge(
     Raises:
         CalibrationError: If the language model saw no text, or too little.
     """
-    refuse_nothing_seen(trainer, seen.rows)
+    refuse_nothing_seen(trainer, seen.rows, seen.notes)
     calibration = Calibration(fingerprint(model), seen.rows, seen.units, notes=seen.notes)
     if not is_rehearsal(trainer):
         calibration.require(config.min_calibration_tokens)

@@ -6,7 +6,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.decoder import Task, task_of
+from lit_prune.decoder import Task, task_of, whole_of
 from lit_prune.decoder.families import family_name
 from lit_prune.saving.versions import package_versions
 
@@ -54,9 +54,9 @@ def model_card(
         plan: What stayed.
         report: Before and after.
     """
-    base = _plain_text(str(getattr(model.config, "name_or_path", "") or ""))
+    base = _plain_text(str(getattr(whole_of(model).config, "name_or_path", "") or ""))
     parts = [
-        _front_matter(base, prepared.library, _PIPELINES[task_of(model)]),
+        _front_matter(base, prepared.library, _pipeline(model)),
         f"# {_plain_text(name)}",
         _origin(model, base, plan, report),
     ]
@@ -73,6 +73,10 @@ def model_card(
         _versions(plan, report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _pipeline(model: PreTrainedModel) -> str:
+    return "image-text-to-text" if whole_of(model) is not model else _PIPELINES[task_of(model)]
 
 
 def _front_matter(base: str, library: str, pipeline: str) -> str:
@@ -93,6 +97,9 @@ def _origin(
     count = sum(p.numel() for p in model.parameters())
     family = family_name(model.config.model_type)
     kind = f"A {family} {_KINDS[task_of(model)]} {origin}: {count:,} parameters"
+    if (whole := whole_of(model)) is not model:
+        every = sum(p.numel() for p in whole.parameters())
+        kind += f", inside a {type(whole).__name__} of {every:,}"
     if plan is None:
         return f"{kind}. It carries no pruning plan."
     lines = [f"{kind}, structurally pruned by lit_prune (plan `{plan.digest[:12]}`, `plan.json`)."]

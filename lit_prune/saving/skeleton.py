@@ -29,7 +29,7 @@ _MAPPINGS: dict[Task, str] = {
     "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
 }
 # Keys that make transformers fetch or run code, or build something else.
-_REFUSED = {
+REFUSED = {
     "auto_map",
     "attn_implementation",
     "experts_implementation",
@@ -57,7 +57,7 @@ def family_named(raw: dict[str, Any]) -> str:
         )
     if is_pruned(raw) and family not in HELD:
         raise ArtifactError(f"config.json: model_type {name!r:.80}: there is no such model file.")
-    for key in sorted(_REFUSED & set(raw)):
+    for key in sorted(REFUSED & set(raw)):
         # the one file that we write ourselves; it is not run here either
         if key == "auto_map" and is_pruned(raw) and raw[key] == auto_map(family, _task(raw)):
             continue

@@ -22,6 +22,7 @@ from lit_prune.decoder import (
     quiet,
     remainder,
     spec_for,
+    text_view,
 )
 from lit_prune.decoder.layout import layout_of
 from lit_prune.errors import SurgeryError
@@ -92,7 +93,7 @@ def apply_plan(
     if isinstance(compensation, str | Path):
         compensation = Compensation.load(Path(compensation))
     dense = _loaded(model) if isinstance(model, str | Path) else model
-    with applied(dense, plan, compensation, verify=verify):
+    with applied(text_view(dense), plan, compensation, verify=verify):
         return dense
 
 

@@ -19,6 +19,19 @@ BART = {
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16,
     "decoder_ffn_dim": 16, "pad_token_id": 1,
 }  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 8, "patch_size": 4,
+}  # fmt: skip
+PALI = {
+    "vision_config": {"model_type": "siglip_vision_model", **VISION, "projection_dim": 16},
+    "text_config": {"model_type": "gemma", **SIZES, **HEADS, "head_dim": 8},
+    "projection_dim": 16,
+}
+LLAVA = {
+    "vision_config": {"model_type": "clip_vision_model", **VISION},
+    "text_config": {"model_type": "llama", **SIZES, **HEADS},
+}
 MODELS = {
     "T5ForConditionalGeneration": ("t5", T5, "encoder–decoder"),
     "BartForConditionalGeneration": ("bart", BART, "encoder–decoder"),
@@ -39,6 +52,9 @@ MODELS = {
         "hybrid",
     ),
     "BertForSequenceClassification": ("bert", {**SIZES, **HEADS}, "it is an encoder:"),
+    "PaliGemmaForConditionalGeneration": ("paligemma", PALI, "see each other both ways"),
+    "LlavaNextForConditionalGeneration": ("llava_next", LLAVA, "of gemma3, llava, mistral3 only"),
+    "LlavaModel": ("llava", LLAVA, "inside …ForConditionalGeneration of gemma3"),
     "BertForMaskedLM": ("bert", {**SIZES, **HEADS}, "each token sees those after it"),
 }  # fmt: skip
 
