@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
@@ -108,6 +109,7 @@ class Observer:
         self._selected: Tensor | None = (
             None  # [batch, tokens], bool, while a forward is being observed
         )
+        self._arguments: tuple[str, ...] = _ARGUMENTS
         self._arriving: dict[str, Row] = {}
         self._pending: dict[Probed, tuple[int, Tensor, Tensor]] = {}
 
@@ -119,6 +121,8 @@ class Observer:
     def open(self) -> None:
         """Attach the hooks. Close or discard the observer before the model is changed."""
         parts, whole = DecoderParts(self.model), whole_of(self.model)
+        if whole is not self.model:
+            self._arguments = tuple(inspect.signature(whole.forward).parameters)
         try:
             self._handles.append(whole.register_forward_pre_hook(self._before, with_kwargs=True))
             for place in parts.places() if self.probes else ():
@@ -159,7 +163,7 @@ class Observer:
     @_kept
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected, self._pending, self._arriving = None, {}, {}
-        inputs = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
         if self.paused or CAPPED in self.notes:
             return
         if inputs.get("past_key_values") is not None or (self._generate and self._generate.running):

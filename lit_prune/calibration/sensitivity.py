@@ -115,7 +115,7 @@ def _compare(
         one = head(dense[chunk]).float().log_softmax(-1)
         other = head(hidden[chunk]).float().log_softmax(-1)
         kl += float((one.exp() * (one - other)).sum(-1).double().sum())
-        known = labels[chunk] != IGNORED_LABEL
-        difference = (one - other)[known].gather(-1, labels[chunk][known].unsqueeze(-1))
-        nll += float(difference.double().sum())
+        classes = labels[chunk].unsqueeze(-1)
+        difference = (one - other).gather(-1, classes.clamp_min(0))
+        nll += float(difference[classes != IGNORED_LABEL].double().sum())
     return kl, nll

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_prune.calibration.images import LEFT_OUT, NOTHING_LEFT
+from lit_prune.calibration import LEFT_OUT, NOTHING_LEFT
+from lit_prune.decoder import whole_of
 from lit_prune.errors import (
     CalibrationError,
     ConfigError,
@@ -58,14 +59,14 @@ def refuse_compiled(pl_module: LightningModule, model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: Names the compiled module.
     """
-    inside = set(model.modules())
+    inside, whole = set(model.modules()), whole_of(model)
 
     def compiled(module: nn.Module) -> bool:
         wrapped = isinstance(module, torch._dynamo.OptimizedModule)
         return wrapped or module._compiled_call_impl is not None
 
     for name, module in pl_module.named_modules():
-        if compiled(module) and (module in inside or any(m is model for m in module.modules())):
+        if compiled(module) and (module in inside or any(m is whole for m in module.modules())):
             raise UnsupportedModelError(
                 f"{name or type(pl_module).__name__} is compiled, and hooks see nothing inside. "
                 "Give the Trainer the plain module, prune, and compile the result."

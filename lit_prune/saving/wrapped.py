@@ -72,7 +72,7 @@ def prepare_whole(view: PreTrainedModel, name: str) -> PreparedWhole:
     others = {n: t for n, t in stored.items() if not n.startswith((f"{place}.", "lm_head."))}
     tensors: dict[str, Tensor] = others | {renamed(n): t for n, t in text.tensors.items()}
     text_ties = {renamed(further): renamed(first) for further, first in text.ties.items()}
-    raw = {k: v for k, v in whole.config.to_dict().items() if not k.startswith("_")}
+    raw = _public(whole.config.to_dict())
     config = as_read(
         raw
         | {
@@ -148,10 +148,20 @@ def _built(config: dict[str, Any]) -> PreTrainedModel:
     return skeleton
 
 
+def _public(raw: Any) -> Any:  # noqa: ANN401 - walks JSON
+    """Drop keys that are a config's own business, however deep they lie."""
+    if not isinstance(raw, dict):
+        return raw
+    return {key: _public(value) for key, value in raw.items() if not str(key).startswith("_")}
+
+
 def _refuse_keys(raw: object) -> None:
     """Refuse keys that make transformers fetch or run code, however deep they lie."""
     if isinstance(raw, dict):
-        for key in sorted(REFUSED & raw.keys()):
-            raise ArtifactError(f"config.json sets {key}, which can make a library run code.")
+        for key in sorted(raw):
+            if key in REFUSED or key.startswith("_"):
+                raise ArtifactError(
+                    f"config.json sets {key:.80}, which can make a library run code."
+                )
         for value in raw.values():
             _refuse_keys(value)
