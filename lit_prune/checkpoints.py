@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.decoder import find_causal_lm
+from lit_prune.decoder import find_causal_lm, whole_of
 from lit_prune.plan import PruningPlan
 from lit_prune.record import PruningRecord
 from lit_prune.surgery import take_structure
@@ -60,13 +60,15 @@ def _take(
     *_: object,
 ) -> None:
     model = find_causal_lm(module, language_model)
-    path = next(name for name, part in module.named_modules() if part is model)
-    start = prefix + (f"{path}." if path else "")
-    shapes = {
-        name.removeprefix(start): tuple(value.shape)
-        for name, value in state_dict.items()
-        if name.startswith(start)
-    }
+    paths = {part: name for name, part in module.named_modules()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for child, part in model.named_children():  # of a view they lie apart in the module
+        start = f"{prefix}{paths[part]}."
+        shapes |= {
+            f"{child}.{name.removeprefix(start)}": tuple(value.shape)
+            for name, value in state_dict.items()
+            if name.startswith(start)
+        }
     if shapes:
         take_structure(model, shapes)
 
@@ -88,4 +90,5 @@ def remember_plan(
     model, plan = find_causal_lm(module, language_model), PruningPlan.from_json(text)
     record = getattr(model, "pruning_record", None)
     if record is None or record.plan.digest != plan.digest:  # else it has its report, too
-        model.pruning_record = PruningRecord(plan)  # type: ignore[assignment] # a plain attribute
+        for part in {model, whole_of(model)}:
+            part.pruning_record = PruningRecord(plan)  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_prune.decoder import task_of
 from lit_prune.errors import CalibrationError
 from lit_prune.metrics import device_words, measure_sub_blocks
 
@@ -100,6 +101,6 @@ def _workload(model: PreTrainedModel, config: PruningConfig) -> dict[str, int]:
     longest = getattr(model.config, "max_position_embeddings", None)
     return {
         "prompt_tokens": config.prompt_tokens(longest),
-        "new_tokens": config.latency_new_tokens,
+        "new_tokens": config.latency_new_tokens if task_of(model) == "next_token" else 0,
         "batch_size": config.latency_batch_size,
     }

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_prune.decoder import quiet
+from lit_prune.decoder import quiet, task_of
 from lit_prune.metrics import (
+    ClassificationResult,
     FootprintResult,
     LatencyResult,
     PerplexityResult,
+    Quality,
     compare,
     footprint_of,
     measure_latency,
-    perplexity_of,
+    quality_of,
 )
 from lit_prune.report import ReportRow
 
@@ -34,17 +36,18 @@ class Measurement:
 
     Attributes:
         footprint: Parameters, FLOPs, cache and weight bytes, peak memory.
-        perplexity: On the score side.
+        quality: On the score side: perplexity, or of a classifier accuracy and cross-entropy; None
+            where a classifier's text has no labels.
         latency: Prefill and decode; None where it was switched off.
     """
 
     footprint: FootprintResult
-    perplexity: PerplexityResult
+    quality: Quality | None
     latency: LatencyResult | None
 
 
 def measure(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Measurement:
-    """Measure footprint, perplexity on the score side, and latency, where the model is.
+    """Measure footprint, quality on the score side, and latency, where the model is.
 
     It is left as it was.
 
@@ -54,13 +57,16 @@ def measure(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Meas
         config: Batch sizes of replay and latency.
     """
     with quiet(model):
-        perplexity = perplexity_of(model, rows.batches("score", config.replay_batch_tokens))
+        quality = None
+        if task_of(model) == "next_token" or rows.num_scored("score"):
+            quality = quality_of(model, rows.batches("score", config.replay_batch_tokens))
         prompts = _prompts(model, rows, config)
         latency = None
         if config.latency_prompt_tokens:
-            latency = measure_latency(model, prompts, new_tokens=config.latency_new_tokens)
+            new_tokens = config.latency_new_tokens if task_of(model) == "next_token" else 0
+            latency = measure_latency(model, prompts, new_tokens=new_tokens)
         footprint = footprint_of(model, context_length=prompts.shape[1], peak_ids=prompts)
-    return Measurement(footprint, perplexity, latency)
+    return Measurement(footprint, quality, latency)
 
 
 def _prompts(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Tensor:
@@ -87,6 +93,10 @@ _PERPLEXITY: tuple[tuple[str, str, Unit], ...] = (
     ("perplexity", "validation perplexity", "perplexity"),
     ("mean_nll", "mean NLL per token (nats)", "nats"),
 )
+_CLASSIFICATION: tuple[tuple[str, str, Unit], ...] = (
+    ("accuracy", "validation accuracy", "accuracy"),
+    ("mean_nll", "cross-entropy per label (nats)", "nats"),
+)
 _LATENCY: tuple[tuple[str, str, Unit], ...] = (
     ("prefill_seconds", "prefill", "seconds"),
     ("decode_seconds_per_token", "decode, per token", "seconds"),
@@ -100,14 +110,22 @@ def report_rows(before: Measurement, after: Measurement | None) -> tuple[ReportR
     notes = {"flops_per_token": f"context {before.footprint.context_length}"}
     if before.latency and after and after.latency:
         spread = compare(before.latency, after.latency)
-        for phase, speedup in (("prefill", spread.prefill), ("decode", spread.decode)):
+        for speedup in spread.phases:
             if not speedup.measurable:
-                keys = (key for key, _, _ in _LATENCY if key.startswith(phase))
+                keys = (key for key, _, _ in _LATENCY if key.startswith(speedup.phase))
                 notes.update(dict.fromkeys(keys, "inside the spread"))
+    classifies = isinstance(before.quality, ClassificationResult)
+    latency = _LATENCY
+    if before.latency and not before.latency.new_tokens:
+        latency = tuple(row for row in _LATENCY if row[0].startswith("prefill"))
     tables = (
         (_FOOTPRINT, before.footprint, after and after.footprint),
-        (_PERPLEXITY, before.perplexity, after and after.perplexity),
-        (_LATENCY, before.latency, after and after.latency),
+        (
+            _CLASSIFICATION if classifies else _PERPLEXITY,
+            before.quality,
+            after and after.quality,
+        ),
+        (latency, before.latency, after and after.latency),
     )
     return tuple(
         ReportRow(
@@ -159,19 +177,15 @@ def predicted_rows(
 
 def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]:
     """Say how the numbers were measured, as data and in words."""
-    p = before.perplexity
-    words = [
-        f"perplexity: exp of the mean NLL of {p.num_tokens} tokens of {p.num_real_tokens} real "
-        f"ones in {p.num_rows} samples of at most {p.context_length} tokens, each scored once (no "
-        "stride)"
-    ]
-    whole: dict[str, Any] = {"perplexity": asdict(p)}
+    words, whole = _quality_conditions(before.quality)
     if before.latency is not None:
         one = before.latency
+        work = f"{one.prompt_tokens} prompt + {one.new_tokens} new tokens"
+        if not one.new_tokens:
+            work = f"one forward over {one.prompt_tokens} tokens (a classifier decodes nothing)"
         words.append(
-            f"latency: {one.device}, {one.dtype}, batch {one.batch_size}, {one.prompt_tokens} "
-            f"prompt + {one.new_tokens} new tokens, median of {one.repetitions} after "
-            f"{one.warmup} warm-up runs"
+            f"latency: {one.device}, {one.dtype}, batch {one.batch_size}, {work}, median of "
+            f"{one.repetitions} after {one.warmup} warm-up runs"
         )
         whole["latency_before"] = asdict(one)
         if after is not None and after.latency is not None:
@@ -179,3 +193,22 @@ def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]
             words += compare(one, after.latency).words.splitlines()
     whole["peak_memory_method"] = before.footprint.peak_method
     return {**whole, "words": words}
+
+
+def _quality_conditions(quality: Quality | None) -> tuple[list[str], dict[str, Any]]:
+    """Say what a quality was measured on: in words, and as data."""
+    match quality:
+        case PerplexityResult() as p:
+            words = (
+                f"perplexity: exp of the mean NLL of {p.num_tokens} tokens of {p.num_real_tokens} "
+                f"real ones in {p.num_rows} samples of at most {p.context_length} tokens, each "
+                "scored once (no stride)"
+            )
+            return [words], {"perplexity": asdict(p)}
+        case ClassificationResult() as c:
+            words = (
+                f"accuracy and cross-entropy: of {c.num_labels} labels in {c.num_rows} samples of "
+                f"at most {c.context_length} tokens"
+            )
+            return [words], {"classification": asdict(c)}
+    return ["quality: not measured, the score side has no labels"], {}

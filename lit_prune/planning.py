@@ -17,7 +17,7 @@ from lit_prune.errors import CalibrationError, PlanMismatchError
 from lit_prune.latency_table import refuse_other_workload, table_words
 from lit_prune.measuring import needed_bypasses
 from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
-from lit_prune.metrics import perplexity_of
+from lit_prune.metrics import quality_of
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery import (
     Compensation,
@@ -125,7 +125,7 @@ def make_plan(
             batches = calibration.rows.batches(side, config.replay_batch_tokens)
             if side == "calibrate":  # hundreds of drafts are judged there
                 batches = first_tokens(batches, config.search_tokens)
-            found = perplexity_of(model, batches).mean_nll
+            found = quality_of(model, batches).mean_nll
         memory[plan.digest, side] = found
         return found
 

@@ -11,6 +11,7 @@ import torch
 from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Calibration, collect_rows
 from lit_prune.config import PruningConfig
+from lit_prune.decoder import text_view, whole_of
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.measurement import Measurement, conditions, measure, predicted_rows, report_rows
 from lit_prune.measuring import calibrate
@@ -44,6 +45,10 @@ _UNNAMED = (
     "the calibration does not say on which weights it was made, which was not checked: make a new "
     "one where they may be others"
 )
+_TEXT_PART = (
+    "the model is multimodal: its language model was pruned. Parameters in all and bytes of "
+    "weights are of the whole, all other numbers of the language model on text"
+)
 # Below this many tokens for each channel the inverse of a covariance is mostly noise.
 _FEW_PER_CHANNEL = 5
 # Where a footprint shows the resource of a budget.
@@ -75,14 +80,16 @@ def prune(
     progress: bool = True,
     **options: Any,
 ) -> PruningResult:
-    """Prune a causal language model in place.
+    """Prune a causal language model, or a classifier on its decoder, in place.
 
     Args:
-        model: A Hugging Face …ForCausalLM of a supported family, on the device where it shall be
-            calibrated.
+        model: A Hugging Face …ForCausalLM of a supported family (or …ForSequenceClassification,
+            …ForTokenClassification), on the device where it shall be calibrated. Of a multimodal
+            model the language model inside is pruned, on samples without images.
         dataloader: Batches with ``input_ids [batch, tokens]`` and, where there is padding,
-            ``attention_mask``; ``labels`` of -100 leave tokens out of the perplexity. Rows are
-            split by content into a side to calibrate on, one to choose on and one to score on.
+            ``attention_mask``; ``labels`` of -100 leave tokens out of the perplexity, and those of
+            a classifier are its classes. Rows are split by content into a side to calibrate on, one
+            to choose on and one to score on.
         dry_run: Stop before surgery and report what would happen.
         calibration: A saved calibration of this model in place of ``dataloader``: planning costs no
             forward pass then (measuring does).
@@ -113,6 +120,7 @@ def prune(
     """
     config = PruningConfig.from_options(options)
     config = preset(config.preset).resolve(config)
+    model = text_view(model)
     refuse_impossible(model, config)
     refuse_non_finite_weights(model)
     if calibration is None:
@@ -170,7 +178,7 @@ def carry_out(
         planned, before = decided
         return make_report(planned, calibration, config, before, after, said)
 
-    said = [*warnings]
+    said = [*warnings, *([_TEXT_PART] if whole_of(model) is not model else ())]
     decided = ranks.on_first(decide)
     planned = same_plan(decided and decided[0], model, calibration, config, ranks)
     words = (PruningReport.to_json, PruningReport.from_json)
@@ -183,7 +191,8 @@ def carry_out(
         if ranks.size > 1:
             ranks.same(weights_digest(model), "the pruned models differ", "Please report this.")
         found = ranks.decide(lambda: report(measure(model, calibration.rows, config)), *words)
-    model.pruning_record = PruningRecord(planned.plan, found)  # type: ignore[assignment]
+    for part in {model, whole_of(model)}:
+        part.pruning_record = PruningRecord(planned.plan, found)  # type: ignore[assignment]
     return planned, found
 
 
@@ -213,7 +222,7 @@ def make_report(
             f"{_FEW_TOKENS}"
         ]
     if (scored := calibration.rows.num_scored("score")) < _FEW_SCORED:
-        few.append(f"only {scored} tokens are scored: the perplexity is a rough estimate")
+        few.append(_few_scored(scored, classifies=calibration.rows.classifies))
     if calibration.weights_digest is None:
         few.append(_UNNAMED)
     per_channel = calibration.tokens_per_channel
@@ -259,6 +268,14 @@ def make_report(
         ),
         versions=versions(),
     )
+
+
+def _few_scored(scored: int, *, classifies: bool) -> str:
+    if not classifies:
+        return f"only {scored} tokens are scored: the perplexity is a rough estimate"
+    if not scored:
+        return "no sample to score has a label: accuracy and cross-entropy were not measured"
+    return f"only {scored} labels are scored: the accuracy is a rough estimate"
 
 
 def refuse_non_finite_weights(model: PreTrainedModel) -> None:

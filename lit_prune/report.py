@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lit_prune.config import RESOURCES, Resource
 from lit_prune.errors import ArtifactError
 
-Unit = Literal["count", "bytes", "seconds", "tokens_per_second", "nats", "perplexity"]
+Unit = Literal["count", "bytes", "seconds", "tokens_per_second", "nats", "perplexity", "accuracy"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ class PruningReport:
         calibration: Text behind it: samples, tokens a side, digest, split in words.
         search: What the method did: ratios, clusters, search nodes, optimality.
         config: The whole request.
-        conditions: How perplexity and latency were measured.
+        conditions: How quality and latency were measured.
         warnings: Plain words for what fell back, or what a reader should not conclude.
         versions: Of the packages that took part.
     """
@@ -185,6 +185,8 @@ def format_value(value: float | None, unit: Unit) -> str:
         return "–"
     if unit == "seconds":
         return f"{value * 1e3:.2f} ms"
+    if unit == "accuracy":
+        return f"{value:.2%}"
     if unit in ("perplexity", "nats"):
         return f"{value:.4f}" if unit == "nats" else f"{value:.3f}"
     suffix = {"bytes": "B", "tokens_per_second": "tok/s"}.get(unit, "")

@@ -9,7 +9,7 @@ from lit_prune.config import PruningConfig
 from lit_prune.decoder import quiet
 from lit_prune.errors import BudgetError
 from lit_prune.methods import preset
-from lit_prune.metrics import perplexity_of
+from lit_prune.metrics import quality_of
 from lit_prune.planning import make_plan
 from lit_prune.sequential import compensated
 from lit_prune.surgery import masked
@@ -94,6 +94,6 @@ def sweep(
             planned = compensated(model, planned, calibration, config)
             with quiet(model), masked(model, planned.plan, planned.compensation):
                 batches = calibration.rows.batches("choose", config.replay_batch_tokens)
-                point = replace(point, mean_nll=perplexity_of(model, batches).mean_nll)
+                point = replace(point, mean_nll=quality_of(model, batches).mean_nll)
         points.append(point)
     return tuple(points)

@@ -4,6 +4,8 @@ import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -25,7 +27,16 @@ SEQUENTIAL = {
 }
 
 
-def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **overrides):
+HEADS = {
+    "next_token": AutoModelForCausalLM,
+    "sequence": AutoModelForSequenceClassification,
+    "token": AutoModelForTokenClassification,
+}
+
+
+def tiny_model(
+    family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, task="next_token", **overrides
+):
     """A random causal language model: 4 query heads of 8, hidden 32, 48 channels, 64 token ids."""
     options = {
         "hidden_size": 32,
@@ -48,7 +59,7 @@ def tiny_model(family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, **ove
     config = CONFIGS.get(family, CONFIG_MAPPING[family])(**options)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = HEADS[task].from_config(config).eval()
     for name, parameter in model.named_parameters():
         # the usual initialisation (0.02) leaves activations too small for a test to see a mistake
         if "norm" not in name:
@@ -75,6 +86,23 @@ def padded_batch(rows, *, side="right", pad=0, extra=0):
         where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[i, where], mask[i, where] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def tiny_classifier(task, family="llama", *, classes=3, **options):
+    """A random classifier of texts or tokens on the decoder of `tiny_model`."""
+    return tiny_model(family, task=task, num_labels=classes, **options)
+
+
+def labelled(task, batches, *, classes=3, seed=0):
+    """Give batches random labels: one for each row, or one for each real token, some left out."""
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"] != 0
+        shape = ids.shape[:1] if task == "sequence" else ids.shape
+        labels = torch.randint(-1, classes, shape, generator=generator)
+        labels[labels < 0] = -100 if task == "token" else 0
+        batch["labels"] = labels if task == "sequence" else labels.masked_fill(~mask, -100)
+    return batches
 
 
 def batches_of(rows, size=4, **options):

@@ -24,7 +24,8 @@ def state_digest(model):
     modules = [(name, type(m).__name__, m.training) for name, m in model.named_modules()]
     slots = [getattr(m, "layer_idx", None) for m in model.modules()]
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    generation = json.dumps(model.generation_config.to_dict(), sort_keys=True, default=str)
+    settings = getattr(model, "generation_config", None)  # a classifier has none
+    generation = json.dumps(settings and settings.to_dict(), sort_keys=True, default=str)
     extra = sorted(vars(model))
     whole.update(repr((modules, slots, config, generation, extra)).encode())
     return whole.hexdigest()

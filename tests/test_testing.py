@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lit_prune.calibration import Row, RowSet, replay, two_streams
 from lit_prune.decoder import FAMILIES, DecoderParts, Family, quiet, register_family, spec_for

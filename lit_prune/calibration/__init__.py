@@ -5,6 +5,7 @@ from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.data_name import data_notes
+from lit_prune.calibration.images import LEFT_OUT, NOTHING_LEFT
 from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
@@ -20,6 +21,8 @@ from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
     "CAPPED",
+    "LEFT_OUT",
+    "NOTHING_LEFT",
     "SENSITIVITIES",
     "TAYLOR_SCORES",
     "Batch",

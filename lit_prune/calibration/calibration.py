@@ -166,7 +166,8 @@ class Calibration:
 
         Raises:
             CalibrationError: If the calibrate side has fewer than ``minimum`` real tokens, or the
-                score side none that a perplexity counts.
+                score side none that a perplexity counts. (A classifier can be pruned without
+                labels: its quality is not measured then.)
         """
         if self.num_tokens < max(minimum, 2):
             raise CalibrationError(
@@ -174,7 +175,7 @@ class Calibration:
                 f"calibrate on, expected at least {max(minimum, 2)} (min_calibration_tokens). "
                 "Give more validation text."
             )
-        if not self.rows.num_scored("score"):
+        if not self.rows.classifies and not self.rows.num_scored("score"):
             raise CalibrationError(
                 f"0 of the {self.rows.num_tokens('score')} real tokens in "
                 f"{len(self.rows.side('score'))} samples on the score side can be scored: a token "
@@ -189,6 +190,8 @@ class Calibration:
             "rows.scored": torch.cat([row.scored for row in self.rows.rows]),
             "rows.lengths": torch.tensor([len(row.ids) for row in self.rows.rows]),
         }
+        if labels := [row.labels for row in self.rows.rows if row.labels is not None]:
+            tensors["rows.labels"] = torch.cat(labels)
         for (layer, kind), (mean, variance) in self.units.items():
             tensors[f"units.{layer}.{kind}.mean"] = mean
             tensors[f"units.{layer}.{kind}.variance"] = variance
@@ -240,7 +243,8 @@ class Calibration:
     @classmethod
     def _from(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
         lengths = tensors["rows.lengths"].tolist()
-        ids, scored = tensors["rows.ids"].split(lengths), tensors["rows.scored"].split(lengths)
+        names = ("rows.ids", "rows.scored", *(("rows.labels",) if "rows.labels" in tensors else ()))
+        rows = [tensors[name].split(lengths) for name in names]
         units: dict[Probed, tuple[Tensor, Tensor]] = {}
         bypassed: dict[Unit, Tensor] = {}
         changes: dict[Unit, Tensor] = {}
@@ -265,7 +269,7 @@ class Calibration:
             raise KeyError("latency_conditions")
         return cls(
             model_fingerprint=header["model_fingerprint"],
-            rows=RowSet.of(Row.of(*row) for row in zip(ids, scored, strict=True)),
+            rows=RowSet.of(Row.of(*row) for row in zip(*rows, strict=True)),
             units=dict(sorted(units.items())),
             full=tensors.get("state.full"),
             bypassed=dict(sorted(bypassed.items())) or None,

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lit_prune.calibration.data_name import data_notes
+from lit_prune.calibration.images import NOTHING_LEFT, left_out, text_only
 from lit_prune.calibration.inputs import CAPPED, real_tokens
+from lit_prune.calibration.labels import DISAGREE
 from lit_prune.calibration.rows import Row, RowSet
+from lit_prune.decoder import media_tokens, task_of
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -24,7 +27,8 @@ def collect_rows(
 
     Args:
         model: The language model that the ids are for.
-        dataloader: Mappings with ``input_ids`` and, where there is padding, ``attention_mask``.
+        dataloader: Mappings with ``input_ids`` and, where there is padding, ``attention_mask``;
+            ``labels`` where they exist.
         max_tokens: Take no new sample once there are this many real tokens.
 
     Returns:
@@ -36,7 +40,8 @@ def collect_rows(
     """
     found: dict[str, Row] = {}
     notes: dict[str, None] = dict.fromkeys(data_notes(dataloader))
-    tokens = 0
+    tokens = images = 0
+    media = media_tokens(model)
     for number, batch in enumerate(dataloader):
         if not hasattr(batch, "keys"):
             raise CalibrationError(
@@ -45,16 +50,26 @@ def collect_rows(
                 "({'input_ids': x, 'attention_mask': m} for x, m in loader)."
             )
         inputs = {key: batch[key] for key in batch.keys()}  # noqa: SIM118 - a BatchEncoding, say
-        real = real_tokens(inputs, model.config, f"batch {number}")
+        inputs, rows = text_only(inputs, media)
+        images += 0 if rows is None else len(batch["input_ids"]) - len(rows)
+        real = real_tokens(inputs, model.config, f"batch {number}", task=task_of(model))
         notes |= dict.fromkeys(real.notes)
         for _, _, row in real.rows():
             if row.digest not in found:
                 if tokens >= max_tokens:
                     notes[CAPPED] = None
-                    return RowSet.of(found.values()), tuple(notes)
+                    return RowSet.of(found.values()), _told(notes, images)
                 tokens += len(row.ids)
+            if row.disagrees(found.get(row.digest)):
+                notes[DISAGREE] = None
             found[row.digest] = row.merged(found.get(row.digest))
-    return RowSet.of(found.values()), tuple(notes)
+    if images and not found:
+        raise CalibrationError(f"{NOTHING_LEFT}.")
+    return RowSet.of(found.values()), _told(notes, images)
+
+
+def _told(notes: Iterable[str], images: int) -> tuple[str, ...]:
+    return (*notes, *((left_out(images),) if images else ()))
 
 
 def _inside(batch: object) -> str:

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_prune.calibration.labels import class_labels
 from lit_prune.calibration.rows import Row
+from lit_prune.decoder import IGNORED_LABEL
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedConfig
+
+    from lit_prune.decoder import Task
 
 # Notes for the report.
 CAPPED = "the calibration text was cut at max_calibration_tokens: later samples were not used"
@@ -45,14 +49,17 @@ class RealTokens:
         ids: ``[batch, tokens]``, int64.
         segments: The sample of its row that a token belongs to, counted from 0, -1 where there is
             padding; ``[batch, tokens]``, on the device of ``ids``. All 0 unless samples are packed.
-        scored: True where the label is not -100, ``[batch, tokens]``; None without labels.
+        scored: True where the label is not -100, ``[batch, tokens]``; None without labels. Of a
+            classifier: where its head is read.
         notes: What the report should say about the batch.
+        labels: Of a classifier: its classes, -100 where there is none, ``[batch, tokens]``.
     """
 
     ids: Tensor
     segments: Tensor
     scored: Tensor | None
     notes: tuple[str, ...] = ()
+    labels: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -65,11 +72,17 @@ class RealTokens:
         for i, segments in enumerate(self.segments):
             for segment in range(int(segments.max()) + 1 if len(segments) else 0):
                 where = segments == segment
-                yield i, where, Row.of(self.ids[i][where], scored[i][where])
+                labels = None if self.labels is None else self.labels[i][where]
+                yield i, where, Row.of(self.ids[i][where], scored[i][where], labels)
 
 
 def real_tokens(
-    inputs: Mapping[str, Any], config: PreTrainedConfig, place: str, *, caches: bool = False
+    inputs: Mapping[str, Any],
+    config: PreTrainedConfig,
+    place: str,
+    *,
+    caches: bool = False,
+    task: Task = "next_token",
 ) -> RealTokens:
     """Check the arguments of a language model's forward, and say which tokens are real.
 
@@ -79,10 +92,12 @@ def real_tokens(
         config: The model's config: vocabulary, longest context, pad and end-of-text tokens.
         place: Which batch this is, for messages.
         caches: Whether the forward fills a KV cache. Packed samples see each other then.
+        task: What the head is for; says what labels are.
 
     Raises:
         CalibrationError: If ids are missing, of the wrong type, rank or range, too long, contain
-            padding that no mask marks, or stand at positions that a replay would not give them.
+            padding that no mask marks, or stand at positions that a replay would not give them; if
+            labels are none that the head could be asked for.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
@@ -114,7 +129,16 @@ def real_tokens(
             f"{place}: {width} tokens a sample, the model's max_position_embeddings is "
             f"{longest}. Cut or pack the validation text to at most that."
         )
+    notes = tuple(text for text in (note, PACKED if packed else "") if text)
     labels = inputs.get("labels")
+    if task != "next_token":
+        if packed and task == "sequence":
+            raise CalibrationError(
+                f"{place}: packed samples, and a head that reads one token of each row. Give each "
+                "sample a row of its own."
+            )
+        read, classes = class_labels(labels, ids.long(), mask, config, place, task)
+        return RealTokens(ids.long(), segments, read, notes, classes)
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != ids.shape):
         raise CalibrationError(
             f"{place}: labels must have the shape of input_ids, {list(ids.shape)}."
@@ -122,8 +146,8 @@ def real_tokens(
     return RealTokens(
         ids.long(),
         segments,
-        None if labels is None else (labels != -100).to(ids.device),
-        tuple(text for text in (note, PACKED if packed else "") if text),
+        None if labels is None else (labels != IGNORED_LABEL).to(ids.device),
+        notes,
     )
 
 

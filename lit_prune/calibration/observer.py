@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.generating import GenerateWatch
+from lit_prune.calibration.images import left_out, text_only
 from lit_prune.calibration.inputs import CAPPED, by_token, real_tokens
+from lit_prune.calibration.labels import DISAGREE
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
-from lit_prune.decoder import DecoderParts, SubBlock, fingerprint
+from lit_prune.decoder import DecoderParts, SubBlock, fingerprint, media_tokens, task_of, whole_of
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -98,6 +101,7 @@ class Observer:
         self.moments: dict[Probed, ChannelMoments] = {}
         self.num_batches = 0
         self.num_tokens = 0
+        self.num_images = 0  # samples with one, which are passed over
         self.notes: list[str] = []
         self.paused = False
         self._handles: list[RemovableHandle | GenerateWatch] = []
@@ -105,6 +109,7 @@ class Observer:
         self._selected: Tensor | None = (
             None  # [batch, tokens], bool, while a forward is being observed
         )
+        self._arguments: tuple[str, ...] = _ARGUMENTS
         self._arriving: dict[str, Row] = {}
         self._pending: dict[Probed, tuple[int, Tensor, Tensor]] = {}
 
@@ -115,18 +120,18 @@ class Observer:
 
     def open(self) -> None:
         """Attach the hooks. Close or discard the observer before the model is changed."""
-        parts = DecoderParts(self.model)
+        parts, whole = DecoderParts(self.model), whole_of(self.model)
+        if whole is not self.model:
+            self._arguments = tuple(inspect.signature(whole.forward).parameters)
         try:
-            self._handles.append(
-                self.model.register_forward_pre_hook(self._before, with_kwargs=True)
-            )
+            self._handles.append(whole.register_forward_pre_hook(self._before, with_kwargs=True))
             for place in parts.places() if self.probes else ():
                 output, name = parts.output(*place), parts.output_name(*place)
                 self.moments[place] = ChannelMoments(output.in_features, name)
                 probe = partial(self._probe, place)
                 self._handles.append(output.module.register_forward_pre_hook(probe))
-            self._handles.append(self.model.register_forward_hook(self._after))
-            self._generate = GenerateWatch(self.model)
+            self._handles.append(whole.register_forward_hook(self._after))
+            self._generate = GenerateWatch(whole)
             self._handles.append(self._generate)
         except BaseException:
             self.close()
@@ -158,7 +163,7 @@ class Observer:
     @_kept
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._selected, self._pending, self._arriving = None, {}, {}
-        inputs = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        inputs = dict(zip(self._arguments, args, strict=False)) | kwargs
         if self.paused or CAPPED in self.notes:
             return
         if inputs.get("past_key_values") is not None or (self._generate and self._generate.running):
@@ -166,11 +171,17 @@ class Observer:
         place = f"forward {self.num_batches}"
         config, caches = self.model.config, inputs.get("use_cache")
         caches = getattr(config, "use_cache", False) if caches is None else caches
-        batch = real_tokens(inputs, config, place, caches=bool(caches))
+        task = task_of(self.model)
+        given: Any = inputs.get("input_ids")
+        inputs, text = text_only(inputs, media_tokens(self.model))
+        if text is not None:
+            self._count_images(len(given) - len(text))
+        batch = real_tokens(inputs, config, place, caches=bool(caches), task=task)
         self.notes += [note for note in batch.notes if note not in self.notes]
-        selected = torch.zeros_like(batch.mask)
+        selected = torch.zeros_like(given, dtype=torch.bool)
         tokens = self.num_tokens
-        for i, columns, row in batch.rows():
+        for number, columns, row in batch.rows():
+            i = number if text is None else int(text[number])
             known = self._arriving.get(row.digest) or self.rows.get(row.digest)
             if known is None:
                 if tokens >= self.max_tokens:
@@ -178,8 +189,15 @@ class Observer:
                     break
                 tokens += len(row.ids)
                 selected[i] |= columns & (side_of(row.digest) == "calibrate")
+            if row.disagrees(known) and DISAGREE not in self.notes:
+                self.notes.append(DISAGREE)
             self._arriving[row.digest] = row.merged(known)
         self._selected = selected
+
+    def _count_images(self, number: int) -> None:
+        old = left_out(self.num_images)
+        self.num_images += number
+        self.notes = [*(note for note in self.notes if note != old), left_out(self.num_images)]
 
     @_kept
     def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibration.split import SIDES, Side, row_digest, side_of
+from lit_prune.decoder import IGNORED_LABEL
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -21,28 +22,56 @@ class Row:
 
     Attributes:
         ids: Real token ids, ``[tokens]``, int64, on the CPU.
-        scored: True where perplexity counts the token (its label was not -100), ``[tokens]``.
+        scored: True where perplexity counts the token (its label was not -100), ``[tokens]``; of a
+            classifier, where its head is read.
         digest: Identity, from the ids alone.
+        labels: Of a classifier: the classes, -100 where there is none, ``[tokens]``, int64. None
+            where the tokens themselves are what is predicted.
     """
 
     ids: Tensor
     scored: Tensor
     digest: str
+    labels: Tensor | None = None
 
     @classmethod
-    def of(cls, ids: Tensor, scored: Tensor | None = None) -> Row:
-        """Make a row from real token ids ``[tokens]`` and, optionally, which of them are scored."""
+    def of(cls, ids: Tensor, scored: Tensor | None = None, labels: Tensor | None = None) -> Row:
+        """Make a row from real token ids ``[tokens]`` and, optionally, scored tokens and labels."""
         ids = ids.detach().to("cpu", torch.int64, copy=True)
         scored = (
             torch.ones_like(ids, dtype=torch.bool)
             if scored is None
             else scored.detach().cpu().bool()
         )
-        return cls(ids, scored, row_digest(ids))
+        if labels is not None:
+            labels = labels.detach().to("cpu", torch.int64, copy=True)
+        return cls(ids, scored, row_digest(ids), labels)
 
     def merged(self, repeat: Row | None) -> Row:
-        """Return this row, scored where either repeat is scored: the order leaves no trace."""
-        return self if repeat is None else Row(self.ids, self.scored | repeat.scored, self.digest)
+        """Return this row, scored where either repeat is scored: the order leaves no trace.
+
+        Of two labels the larger counts; -100 is less than all.
+        """
+        if repeat is None:
+            return self
+        labels = self.labels
+        if labels is not None and repeat.labels is not None:
+            labels = torch.maximum(labels, repeat.labels)
+        return Row(self.ids, self.scored | repeat.scored, self.digest, labels)
+
+    def disagrees(self, repeat: Row | None) -> bool:
+        """Return whether a repeat has another label somewhere."""
+        if repeat is None or self.labels is None or repeat.labels is None:
+            return False
+        labelled = (self.labels != IGNORED_LABEL) & (repeat.labels != IGNORED_LABEL)
+        return bool((self.labels != repeat.labels)[labelled].any())
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens (labels, of a classifier) that count: the first token of a row never does."""
+        if self.labels is not None:
+            return int((self.labels != IGNORED_LABEL).sum())
+        return int(self.scored[1:].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +81,27 @@ class Batch:
     Attributes:
         input_ids: ``[rows, tokens]``, 0 where there is padding.
         attention_mask: ``[rows, tokens]``, bool.
-        label_mask: ``[rows, tokens]``, bool; True where perplexity counts the token.
+        label_mask: ``[rows, tokens]``, bool; True where perplexity counts the token; of a
+            classifier, where its head is read.
+        labels: Of a classifier: ``[rows, tokens]``, int64, -100 where there is no label.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     label_mask: Tensor
+    labels: Tensor | None = None
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return at which tokens the head is read, and what it should say there.
+
+        Both ``[rows, tokens]``; the second is -100 where that is not known.
+        """
+        if self.labels is not None:
+            return self.label_mask, self.labels
+        follows = torch.zeros_like(self.attention_mask)
+        # padding is on the right: a real token has real ones before it
+        follows[:, :-1] = self.attention_mask[:, 1:]
+        return follows, self.input_ids.roll(-1, 1)
 
     def model_inputs(self, device: torch.device) -> dict[str, Tensor]:
         """Return keyword arguments for the model; no mask where nothing is padded (faster)."""
@@ -115,16 +159,22 @@ class RowSet:
         return sum(len(row.ids) for row in self.side(side))
 
     def num_scored(self, side: Side) -> int:
-        """Return the tokens of one side that a perplexity counts: the first of a row never is."""
-        return sum(int(row.scored[1:].sum()) for row in self.side(side))
+        """Return the tokens (labels, of a classifier) of one side that a quality counts."""
+        return sum(row.num_scored for row in self.side(side))
+
+    @property
+    def classifies(self) -> bool:
+        """Whether this is the text of a classifier."""
+        return any(row.labels is not None for row in self.rows)
 
     def describe_split(self) -> str:
         """Say in words what is calibrated and scored on what."""
         if self.split:
             return "calibrate, choose and score are disjoint samples, split by content"
+        quality = "accuracy" if self.classifies else "perplexity"
         return (
             f"too few samples to split ({len(self.rows)}): calibrated, chosen and scored on the "
-            "same text, so the perplexity after pruning is optimistic"
+            f"same text, so the {quality} after pruning is optimistic"
         )
 
     def batches(self, side: Side, max_tokens: int) -> Iterator[Batch]:
@@ -168,8 +218,12 @@ def _stack(rows: tuple[Row, ...], width: int) -> Batch:
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     scored = torch.zeros(len(rows), width, dtype=torch.bool)
+    labels = torch.full_like(ids, IGNORED_LABEL)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = row.ids
         mask[i, : len(row.ids)] = True
         scored[i, : len(row.ids)] = row.scored
-    return Batch(ids, mask, scored)
+        if row.labels is not None:
+            labels[i, : len(row.ids)] = row.labels
+    classifies = any(row.labels is not None for row in rows)
+    return Batch(ids, mask, scored, labels if classifies else None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.rows import first_tokens
-from lit_prune.decoder import DecoderParts, SubBlock, quiet
+from lit_prune.decoder import IGNORED_LABEL, DecoderParts, SubBlock, head_of, quiet
 from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def measure_sensitivities(
     Returns:
         For each sub-block, ``[3]``, float64: KL divergence of the next-token distribution from the
         whole model's (nats per token), increase of the negative log-likelihood (nats per token),
-        mean squared Euclidean norm of the change of the final hidden state.
+        mean squared Euclidean norm of the change of the final hidden state. Of a classifier the
+        first two are of the distribution over classes, for each token that its head is read at and
+        for each label (NaN where there is none).
     """
     parts = DecoderParts(model)
     device = next(model.parameters()).device
@@ -68,7 +71,7 @@ def measure_sensitivities(
         if linear.bias is not None:
             constant += linear.bias.detach().double()
         constants[layer, kind] = constant.to(linear.weight.dtype)
-    scored = 0
+    scored = labelled = 0
     batches = list(first_tokens(rows.batches("calibrate", batch_tokens), max_tokens))
     seen = sum(int(batch.attention_mask.sum()) for batch in batches)
     mine = list(ranks.share(batches))
@@ -82,21 +85,23 @@ def measure_sensitivities(
     with ranks.together(), quiet(model), bar:
         for batch in mine:
             mask = batch.attention_mask.to(device)
-            follows = mask[:, 1:]  # padding is on the right: a real token has real ones before it
-            labels = batch.input_ids.to(device)[:, 1:][follows]
-            scored += int(follows.sum())
+            read, said = (x.to(device) for x in batch.read())
+            labels = said[read]
+            scored += len(labels)
+            labelled += int((labels != IGNORED_LABEL).sum())
             run = RecordedRun(parts, batch.model_inputs(device))
             dense = parts.final_norm(run.output)
             for (layer, kind), constant in constants.items():
                 # what a norm follows leaves nothing
                 stays = constant if parts.post_norm_path(kind) is None else None
                 hidden = parts.final_norm(run.without(Unit(layer, kind), stays))
-                found = _compare(parts, dense[:, :-1][follows], hidden[:, :-1][follows], labels)
+                found = _compare(parts, dense[read], hidden[read], labels)
                 change = (hidden - dense)[mask].double().square().sum()
                 totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)
                 bar.update()
-    scored = int(ranks.sum(torch.tensor(scored)))
-    counts = torch.tensor([max(scored, 1), max(scored, 1), max(seen, 1)], dtype=torch.float64)
+    scored, labelled = ranks.sum(torch.tensor([scored, labelled])).tolist()
+    unknown = math.nan if scored else 1
+    counts = torch.tensor([max(scored, 1), labelled or unknown, max(seen, 1)], dtype=torch.float64)
     return {place: ranks.sum(total) / counts for place, total in totals.items()}
 
 
@@ -104,12 +109,13 @@ def _compare(
     parts: DecoderParts, dense: Tensor, hidden: Tensor, labels: Tensor
 ) -> tuple[float, float]:
     """Return the sums over tokens of the KL divergence and of the increase of the NLL."""
-    head = parts.model.get_output_embeddings()
+    head: Any = head_of(parts.model)
     kl = nll = 0.0
     for chunk in torch.arange(len(labels), device=labels.device).split(_LOGIT_TOKENS):
         one = head(dense[chunk]).float().log_softmax(-1)
         other = head(hidden[chunk]).float().log_softmax(-1)
         kl += float((one.exp() * (one - other)).sum(-1).double().sum())
-        difference = (one - other).gather(-1, labels[chunk].unsqueeze(-1))
-        nll += float(difference.double().sum())
+        classes = labels[chunk].unsqueeze(-1)
+        difference = (one - other).gather(-1, classes.clamp_min(0))
+        nll += float(difference[classes != IGNORED_LABEL].double().sum())
     return kl, nll

@@ -5,10 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lit_prune.decoder import DecoderParts, SubBlock, quiet
+from lit_prune.decoder import (
+    IGNORED_LABEL,
+    DecoderParts,
+    SubBlock,
+    logits_of,
+    quiet,
+)
 from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -16,7 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lit_prune.calibration.rows import RowSet
+    from lit_prune.calibration.rows import Row, RowSet
 
 # Columns of what `measure_taylor` returns. "vector" adds the terms of a row (or column) of a weight
 # with their signs before it takes the magnitude (coarse), "element" adds magnitudes (fine).
@@ -44,7 +50,8 @@ def measure_taylor(
         `TAYLOR_SCORES` of every unit, by ``(layer, kind)``, ``[units, 4]``, float64.
 
     Raises:
-        CalibrationError: If no sample has two tokens, a gradient is not finite, or memory runs out.
+        CalibrationError: If no sample has two tokens (of a classifier: a label), a gradient is not
+            finite, or memory runs out.
 
     References:
         Ma et al., "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023,
@@ -53,9 +60,10 @@ def measure_taylor(
     """
     parts = DecoderParts(model)
     device = next(model.parameters()).device
-    samples = [row.ids for row in rows.side("calibrate") if len(row.ids) > 1][:max_samples]
+    samples = [row for row in rows.side("calibrate") if _has_loss(row)][:max_samples]
     if not samples:
-        raise CalibrationError("no sample with two tokens to take gradients on.")
+        lacking = "a label" if rows.classifies else "two tokens"
+        raise CalibrationError(f"no sample with {lacking} to take gradients on.")
     # in ascending order of layers; of each sub-block: inputs, then output
     owned = [(place, each) for place in parts.places() for each in _owned(parts, place)]
     flat = [each.parameter for _, each in owned]
@@ -67,9 +75,8 @@ def measure_taylor(
         with quiet(model), torch.inference_mode(False), torch.enable_grad():
             first = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
             second = [torch.zeros_like(p, dtype=torch.float32) for p in flat]
-            for number, ids in enumerate(bar):
-                row = ids.to(device).clone().unsqueeze(0)
-                loss = model(input_ids=row, labels=row, use_cache=False).loss
+            for number, row in enumerate(bar):
+                loss = _loss(model, row, device)
                 for i, gradient in enumerate(torch.autograd.grad(loss, flat)):
                     if not bool(torch.isfinite(gradient).all()):
                         raise CalibrationError(
@@ -111,6 +118,20 @@ def _owned(parts: DecoderParts, place: SubBlock) -> Iterator[_Owned]:
     output = parts.output(*place)
     columns = torch.arange(output.in_features).reshape(parts.units(*place), -1)
     yield _Owned(output.module.weight, output.dim(rows=False), columns)
+
+
+def _has_loss(row: Row) -> bool:
+    return len(row.ids) > 1 if row.labels is None else row.num_scored > 0
+
+
+def _loss(model: PreTrainedModel, row: Row, device: torch.device) -> Tensor:
+    """Return the mean loss of a sample: of its tokens, or of its labels."""
+    ids = row.ids.to(device).clone().unsqueeze(0)
+    if row.labels is None:
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+    logits = logits_of(model, input_ids=ids)[0].float()
+    return nn.functional.cross_entropy(logits, row.labels.to(device), ignore_index=IGNORED_LABEL)
 
 
 def _reduced(owned: _Owned, first: Tensor, second: Tensor) -> Tensor:

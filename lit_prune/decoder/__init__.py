@@ -5,6 +5,16 @@ from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.describe import fingerprint, spec_for
 from lit_prune.decoder.families import FAMILIES, family_of, register_family
 from lit_prune.decoder.family import Family
+from lit_prune.decoder.head import (
+    IGNORED_LABEL,
+    Task,
+    auto_class,
+    head_of,
+    logits_of,
+    placed_labels,
+    read_at,
+    task_of,
+)
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.prices import Price, constant_bytes, shared_bytes, unit_prices
@@ -19,9 +29,11 @@ from lit_prune.decoder.spec import (
     MlpSpec,
     SubBlockKind,
 )
+from lit_prune.decoder.wrapper import media_tokens, text_view, whole_of
 
 __all__ = [
     "FAMILIES",
+    "IGNORED_LABEL",
     "KINDS",
     "LEADING",
     "AttentionSpec",
@@ -36,16 +48,26 @@ __all__ = [
     "Remainder",
     "SubBlock",
     "SubBlockKind",
+    "Task",
     "all_kept",
+    "auto_class",
     "call_of",
     "constant_bytes",
     "family_of",
     "find_causal_lm",
     "fingerprint",
+    "head_of",
+    "logits_of",
+    "media_tokens",
+    "placed_labels",
     "quiet",
+    "read_at",
     "register_family",
     "remainder",
     "shared_bytes",
     "spec_for",
+    "task_of",
+    "text_view",
     "unit_prices",
+    "whole_of",
 ]

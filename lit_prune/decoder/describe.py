@@ -21,6 +21,7 @@ from lit_prune.decoder.spec import (
     MlpSpec,
     SubBlockKind,
 )
+from lit_prune.decoder.wrapper import whole_of
 from lit_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         model_type=parts.family.model_type,
         hidden_size=parts.hidden_size,
         blocks=blocks,
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        total_parameters=sum(p.numel() for p in whole_of(model).parameters()),
         fingerprint=fingerprint(model),
         refused=tuple(sorted(parts.family.refuses.items())),
         removed_constants=not any(parts.post_norm_path(kind) for kind in KINDS),

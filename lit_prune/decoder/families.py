@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, get_args
 
 from lit_prune.config import Granularity
 from lit_prune.decoder.family import Family
+from lit_prune.decoder.head import TASKS, task_named
+from lit_prune.decoder.other_kinds import other_kind
 from lit_prune.errors import ConfigError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -110,7 +112,6 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             model_type="gpt2",
-            class_suffix="LMHeadModel",
             layers="transformer.h",
             final_norm="transformer.ln_f",
             attention="attn",
@@ -301,6 +302,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = family_name(model_type)
+    refuse_known_kind(model)
     if name not in FAMILIES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
@@ -308,12 +310,13 @@ def family_of(model: PreTrainedModel) -> Family:
             "lit_prune.decoder.register_family(Family(...)), and check it by "
             "lit_prune.testing.check_family."
         )
-    family = FAMILIES[name].under(model.config)
-    if not is_causal_lm(model):
+    if task_named(type(model).__name__) is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a causal language model with a head; pass the whole "
-            f"…{family.class_suffix}."
+            f"model: {', '.join(f'…{end}' for end in TASKS)}."
         )
+    _refuse_other_labels(model)
+    family = FAMILIES[name].under(model.config)
     for options, set_, word in (
         (family.refuses_config, True, "without"),
         (family.needs_config, False, "with"),
@@ -327,7 +330,30 @@ def family_of(model: PreTrainedModel) -> Family:
     return family
 
 
-def is_causal_lm(model: object) -> bool:
-    """Return whether a model has a language-model head, by the name of its class."""
-    family = FAMILIES.get(family_name(getattr(getattr(model, "config", None), "model_type", None)))
-    return type(model).__name__.endswith((family or Family(model_type="")).class_suffix)
+def refuse_known_kind(model: PreTrainedModel) -> None:
+    """Refuse a model of a kind that is known not to work.
+
+    Raises:
+        UnsupportedModelError: Says why.
+    """
+    config = getattr(model, "config", None)
+    name = family_name(model_type := getattr(config, "model_type", None))
+    reason = None if name in FAMILIES else other_kind(config)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned: "
+            f"{reason}. Supported: {', '.join(sorted(FAMILIES))}."
+        )
+
+
+def _refuse_other_labels(model: PreTrainedModel) -> None:
+    """Refuse a classifier whose head does not choose one class of several."""
+    if task_named(type(model).__name__) == "next_token":
+        return
+    kind = getattr(model.config, "problem_type", None)
+    if kind not in (None, "single_label_classification") or (model.config.num_labels or 0) < 2:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {model.config.num_labels} output(s), "
+            f"problem_type {kind!r}: lit_prune measures heads that choose one class of several "
+            "(no regression, reward, or several labels at once)."
+        )

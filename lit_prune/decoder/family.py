@@ -27,7 +27,6 @@ class Family:
 
     Attributes:
         model_type: Hugging Face ``config.model_type``.
-        class_suffix: How the name of the class with a language-model head ends.
         embedding_norm: Norm between the embeddings and the first layer.
         attention_norm: Norm in front of the attention; None where it reads the stream as it is.
         attention_post_norm: Norm over what the attention writes, before it is added to the stream.
@@ -71,7 +70,6 @@ class Family:
     """
 
     model_type: str
-    class_suffix: str = "ForCausalLM"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"

@@ -6,15 +6,22 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lit_prune.decoder.families import FAMILIES, family_name, family_of, is_causal_lm
+from lit_prune.decoder.families import FAMILIES, family_name, family_of, refuse_known_kind
+from lit_prune.decoder.head import TASKS, task_named
+from lit_prune.decoder.wrapper import is_wrapper, text_view
 from lit_prune.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_CLASSES = " or ".join(f"…{end}" for end in TASKS)
+
 
 def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedModel:
     """Return the one Hugging Face causal language model that ``module`` holds (or is).
+
+    A classifier of texts or tokens on such a decoder counts as one. Of a multimodal model it is the
+    language model inside (`text_view`).
 
     Args:
         module: Any module, a LightningModule for instance.
@@ -43,14 +50,16 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         if not isinstance(found, PreTrainedModel):
             raise ConfigError(
                 f"language_model={name!r} is a {type(found).__name__}, expected a Hugging Face "
-                "…ForCausalLM."
+                f"{_CLASSES}."
             )
+        found = text_view(found)
         family_of(found)
         return found
     whole = {
-        path: part
+        path: text_view(part)
         for path, part in module.named_modules()
-        if isinstance(part, PreTrainedModel) and is_causal_lm(part)
+        if isinstance(part, PreTrainedModel)
+        and (is_wrapper(part) or task_named(type(part).__name__) is not None)
     }
     supported = {
         path: part
@@ -66,8 +75,11 @@ def find_causal_lm(module: nn.Module, name: str | None = None) -> PreTrainedMode
         )
     if whole:
         family_of(next(iter(whole.values())))  # raises, and names the family
-    others = sorted(type(p).__name__ for p in module.modules() if isinstance(p, PreTrainedModel))
+    others = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    for part in others:
+        refuse_known_kind(part)
+    names = sorted(type(part).__name__ for part in others) or "none"
     raise UnsupportedModelError(
-        f"{type(module).__name__} holds no Hugging Face causal language model (found: "
-        f"{others or 'none'}). Supported: …ForCausalLM of {', '.join(sorted(FAMILIES))}."
+        f"{type(module).__name__} holds no Hugging Face causal language model (found: {names}). "
+        f"Supported: {_CLASSES} of {', '.join(sorted(FAMILIES))}."
     )

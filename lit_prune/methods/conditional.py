@@ -34,7 +34,7 @@ from lit_prune.allocation import (
 from lit_prune.calibration import SENSITIVITIES, Needs, Unit
 from lit_prune.config import SQUARES
 from lit_prune.decoder import DecoderParts, all_kept
-from lit_prune.errors import BudgetError
+from lit_prune.errors import BudgetError, CalibrationError
 from lit_prune.importance import damped, order_damage
 from lit_prune.methods import flap, random
 from lit_prune.methods.decision import CONDITIONAL_OPTIONS, EVERYTHING, Decision, Method
@@ -73,6 +73,11 @@ def sensitivities(case: Case, curves: Mapping[SubBlock, Tensor]) -> dict[SubBloc
         return {place: transfer[Unit(*place)] for place in curves}
     column = SENSITIVITIES.index(config.sensitivity)
     measured = calibration.sensitivities or {}
+    if any(bool(found[column].isnan()) for found in measured.values()):
+        raise CalibrationError(
+            f"sensitivity {config.sensitivity!r} is the increase of a loss, and no sample on the "
+            "calibrate side has a label. Give labels, or take sensitivity 'kl'."
+        )
     # an increase of the loss may be negative by noise: nothing is better than free
     return {place: max(float(measured[place][column]), 0.0) for place in curves}
 

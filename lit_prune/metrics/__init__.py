@@ -1,13 +1,16 @@
-"""What people read: perplexity, latency, footprint."""
+"""What people read: perplexity or accuracy, latency, footprint."""
 
+from lit_prune.metrics.classification import ClassificationResult, classification_of
 from lit_prune.metrics.footprint import Footprint, FootprintResult, footprint_of
 from lit_prune.metrics.latency import Latency, LatencyResult, device_words, measure_latency
 from lit_prune.metrics.peak import PeakMemory, measure_peak
 from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexity_of
+from lit_prune.metrics.quality import Quality, quality_of
 from lit_prune.metrics.speedup import LatencyComparison, Speedup, compare
 from lit_prune.metrics.sub_block_latency import SubBlockLatency, measure_sub_blocks
 
 __all__ = [
+    "ClassificationResult",
     "Footprint",
     "FootprintResult",
     "Latency",
@@ -16,8 +19,10 @@ __all__ = [
     "PeakMemory",
     "Perplexity",
     "PerplexityResult",
+    "Quality",
     "Speedup",
     "SubBlockLatency",
+    "classification_of",
     "compare",
     "device_words",
     "footprint_of",
@@ -25,4 +30,5 @@ __all__ = [
     "measure_peak",
     "measure_sub_blocks",
     "perplexity_of",
+    "quality_of",
 ]

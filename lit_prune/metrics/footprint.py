@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import DecoderParts
+from lit_prune.decoder import DecoderParts, head_of, whole_of
 from lit_prune.decoder.projections import is_projection
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
@@ -36,7 +36,7 @@ class FootprintResult:
             two per multiply-accumulate of every linear weight, and of the products query x key and
             attention x value over ``context_length`` keys. Norms, activations, softmax, rotary
             embedding and bias additions are not counted.
-        head_flops_per_token: The same of the language-model head.
+        head_flops_per_token: The same of the head.
         context_length: Keys that the token attends to (fewer where a sliding window is shorter). A
             causal prompt of that length has half as many on average, if the kernel skips the masked
             half.
@@ -108,17 +108,17 @@ def footprint_of(
     attention = [
         (parts, layer) for layer in range(len(parts.layers)) if parts.exists(layer, "attention")
     ]
-    head = model.get_output_embeddings()
+    head: Any = head_of(model)
     result = FootprintResult(
         decoder_parameters=_num_parameters(parts.layers.parameters()),
-        total_parameters=_num_parameters(model.parameters()),
+        total_parameters=_num_parameters(whole_of(model).parameters()),
         flops_per_token=_linear_flops(parts.layers)
         + sum(_attention_flops(*where, context_length) for where in attention),
         head_flops_per_token=0 if head is None else 2 * head.weight.numel(),
         context_length=context_length,
         kv_cache_bytes_per_token=sum(parts.cached_bytes(layer) for _, layer in attention),
         decoder_weight_bytes=sum(p.nbytes for p in parts.layers.parameters()),
-        weight_bytes=_storage_bytes(model.parameters()),
+        weight_bytes=_storage_bytes(whole_of(model).parameters()),
     )
     if peak_ids is None:
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_prune.decoder import logits_of, task_of
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
 
@@ -31,13 +33,14 @@ class LatencyResult:
         dtype: Dtype of the weights.
         batch_size: Sequences at a time.
         prompt_tokens: Tokens of each prompt.
-        new_tokens: Tokens decoded after it, one forward each.
+        new_tokens: Tokens decoded after it, one forward each; 0 of a classifier.
         warmup: Runs thrown away before.
         repetitions: Runs measured.
-        prefill_seconds: Median time of the forward over the prompts, with KV cache.
+        prefill_seconds: Median time of the forward over the prompts, with KV cache; of a classifier
+            without.
         prefill_spread: Its interquartile range, seconds.
         decode_seconds_per_token: Median time of one decoding step (all sequences advance by one
-            token).
+            token); None where nothing is decoded.
         decode_spread: Its interquartile range, seconds.
     """
 
@@ -50,13 +53,13 @@ class LatencyResult:
     repetitions: int
     prefill_seconds: float
     prefill_spread: float
-    decode_seconds_per_token: float
-    decode_spread: float
+    decode_seconds_per_token: float | None = None
+    decode_spread: float | None = None
 
     @property
     def whole_seconds(self) -> float:
         """Prefill and all decoding steps together."""
-        return self.prefill_seconds + self.new_tokens * self.decode_seconds_per_token
+        return self.prefill_seconds + self.new_tokens * (self.decode_seconds_per_token or 0.0)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -64,9 +67,10 @@ class LatencyResult:
         return self.batch_size * self.prompt_tokens / self.prefill_seconds
 
     @property
-    def decode_tokens_per_second(self) -> float:
-        """New tokens of the whole batch per second."""
-        return self.batch_size / self.decode_seconds_per_token
+    def decode_tokens_per_second(self) -> float | None:
+        """New tokens of the whole batch per second; None where nothing is decoded."""
+        seconds = self.decode_seconds_per_token
+        return None if seconds is None else self.batch_size / seconds
 
 
 class Latency(ExactMetric):
@@ -92,33 +96,35 @@ class Latency(ExactMetric):
         self.add_state("prefill", [], dist_reduce_fx="cat")
         self.add_state("decode", [], dist_reduce_fx="cat")
 
-    def update(self, prefill_seconds: float, decode_seconds_per_token: float) -> None:
+    def update(self, prefill_seconds: float, decode_seconds_per_token: float | None) -> None:
         """Add one repetition.
 
         Args:
             prefill_seconds: Time of the forward over the prompts, seconds.
-            decode_seconds_per_token: Time of one decoding step, seconds.
+            decode_seconds_per_token: Time of one decoding step, seconds; None without one.
         """
         for state, seconds in (
             (self.prefill, prefill_seconds),
             (self.decode, decode_seconds_per_token),
         ):
+            if seconds is None:
+                continue
             state.append(torch.tensor([seconds], dtype=torch.float64, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
         """Return medians and interquartile ranges, float64 scalars named as in `LatencyResult`.
 
+        Those of decoding only where it was timed.
+
         Raises:
             ConfigError: If nothing was measured.
         """
         prefill, prefill_spread = _median_and_spread(self.prefill)
-        decode, decode_spread = _median_and_spread(self.decode)
-        return {
-            "prefill_seconds": prefill,
-            "prefill_spread": prefill_spread,
-            "decode_seconds_per_token": decode,
-            "decode_spread": decode_spread,
-        }
+        found = {"prefill_seconds": prefill, "prefill_spread": prefill_spread}
+        if len(self.decode):
+            decode, decode_spread = _median_and_spread(self.decode)
+            found |= {"decode_seconds_per_token": decode, "decode_spread": decode_spread}
+        return found
 
 
 def _median_and_spread(seconds: list[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
@@ -140,18 +146,19 @@ def measure_latency(
     repetitions: int = 7,
     clock: Callable[[], float] = time.perf_counter,
 ) -> LatencyResult:
-    """Time prefill and greedy decoding of a causal language model.
+    """Time prefill and greedy decoding of a causal language model, one forward of a classifier.
 
     Prefill is one forward over the prompts that fills a KV cache and computes the last logits only
     (where the model accepts ``logits_to_keep``). Decode is ``new_tokens`` forwards of one token
     each from that cache, in a greedy loop of our own: the processors of a generation config would
-    be timed too. The device is synchronised around both. The model is not changed and runs in the
-    mode it is in (``eval()`` is the caller's).
+    be timed too. A classifier decodes nothing: its forward, without a cache, is timed. The device
+    is synchronised around both. The model is not changed and runs in the mode it is in (``eval()``
+    is the caller's).
 
     Args:
         model: Hugging Face causal language model, on one device.
         prompt_ids: ``[batch, tokens]``, unpadded; moved to the device of the model.
-        new_tokens: Decoding steps per repetition, at least 1.
+        new_tokens: Decoding steps per repetition, at least 1; 0 of a classifier.
         warmup: Runs thrown away first.
         repetitions: Runs measured, at least 3.
         clock: Returns seconds; read three times a run.
@@ -177,14 +184,15 @@ def measure_latency(
         >>> result.prefill_tokens_per_second
         10.0
     """
-    _check_request(prompt_ids, new_tokens, warmup, repetitions)
+    decodes = task_of(model) == "next_token"
+    _check_request(prompt_ids, new_tokens, warmup, repetitions, decodes=decodes)
     parameter = next(model.parameters())
     prompt_ids = prompt_ids.to(parameter.device)
     metric = Latency(sync_on_compute=False)
     for run in range(warmup + repetitions):
         prefill_seconds, decode_seconds = _time_once(model, prompt_ids, new_tokens, clock)
         if run >= warmup:
-            metric.update(prefill_seconds, decode_seconds / new_tokens)
+            metric.update(prefill_seconds, decode_seconds / new_tokens if decodes else None)
     return LatencyResult(
         device=device_words(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
@@ -197,13 +205,17 @@ def measure_latency(
     )
 
 
-def _check_request(prompt_ids: Tensor, new_tokens: int, warmup: int, repetitions: int) -> None:
+def _check_request(
+    prompt_ids: Tensor, new_tokens: int, warmup: int, repetitions: int, *, decodes: bool
+) -> None:
     if prompt_ids.ndim != 2 or prompt_ids.numel() == 0:
         raise ConfigError(
             f"prompt_ids are {list(prompt_ids.shape)}; expected [batch, tokens], not empty."
         )
+    if new_tokens and not decodes:
+        raise ConfigError(f"a classifier decodes nothing: new_tokens must be 0, got {new_tokens}.")
     for name, value, least in (
-        ("new_tokens", new_tokens, 1),
+        ("new_tokens", new_tokens, int(decodes)),
         ("warmup", warmup, 0),
         ("repetitions", repetitions, _LEAST_REPETITIONS),
     ):
@@ -214,6 +226,8 @@ def _check_request(prompt_ids: Tensor, new_tokens: int, warmup: int, repetitions
 def _time_once(
     model: nn.Module, prompt_ids: Tensor, new_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
+    if not new_tokens:
+        return _time_forward(model, prompt_ids, clock), 0.0
     last_only = (
         {"logits_to_keep": 1}
         if "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -236,12 +250,26 @@ def _time_once(
         cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
     synchronize(prompt_ids.device)
     finished = clock()
-    if not started < prefilled < finished:
-        raise ConfigError(
-            f"the clock advanced no time over a forward ({started}, {prefilled}, {finished}); "
-            "expected one that is finer than that, time.perf_counter for instance."
-        )
+    _refuse_standing_clock(started, prefilled, finished)
     return prefilled - started, finished - prefilled
+
+
+def _time_forward(model: nn.Module, prompt_ids: Tensor, clock: Callable[[], float]) -> float:
+    synchronize(prompt_ids.device)
+    started = clock()
+    logits_of(model, input_ids=prompt_ids)
+    synchronize(prompt_ids.device)
+    finished = clock()
+    _refuse_standing_clock(started, finished)
+    return finished - started
+
+
+def _refuse_standing_clock(*times: float) -> None:
+    if not all(one < other for one, other in itertools.pairwise(times)):
+        raise ConfigError(
+            f"the clock advanced no time over a forward {times}; expected one that is finer than "
+            "that, time.perf_counter for instance."
+        )
 
 
 def synchronize(device: torch.device) -> None:

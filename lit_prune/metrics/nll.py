@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional
 
+from lit_prune.decoder import IGNORED_LABEL
 from lit_prune.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-IGNORED_LABEL = -100
 # Logits upcast at a time: 32 MiB in float32. A batch of 8 x 2048 tokens over 128k would be 8 GiB.
 _CHUNK_VALUES = 2**23
 

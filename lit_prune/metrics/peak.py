@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_prune.decoder import logits_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -63,16 +65,16 @@ def measure_peak(model: nn.Module, input_ids: Tensor) -> PeakMemory:
     input_ids = input_ids.to(device)
     if device.type == "cuda":
         # the first forward of a process also allocates cuBLAS workspaces, which stay
-        model(input_ids=input_ids, use_cache=False)
+        logits_of(model, input_ids=input_ids)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-        model(input_ids=input_ids, use_cache=False)
+        logits_of(model, input_ids=input_ids)
         torch.cuda.synchronize(device)
         num_bytes, method = torch.cuda.max_memory_allocated(device) - held, "cuda allocator"
     else:
         with _LiveOutputs() as live:
-            model(input_ids=input_ids, use_cache=False)
+            logits_of(model, input_ids=input_ids)
         num_bytes, method = live.peak, "operator outputs"
     return PeakMemory(
         num_bytes=num_bytes,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_prune.decoder import IGNORED_LABEL
 from lit_prune.errors import CalibrationError, ConfigError
 from lit_prune.metrics.exact import ExactMetric
+from lit_prune.metrics.fields import tensor_field
 from lit_prune.metrics.nll import (
-    IGNORED_LABEL,
     check_shapes,
     check_targets,
     scored_tokens,
@@ -216,9 +216,10 @@ def perplexity_of(model: nn.Module, batches: Iterable[object]) -> PerplexityResu
     metric = Perplexity(sync_on_compute=False).to(device)
     for batch in batches:
         fields = {
-            name: _field(batch, name, device) for name in ("attention_mask", "label_mask", "labels")
+            name: tensor_field(batch, name, device)
+            for name in ("attention_mask", "label_mask", "labels")
         }
-        input_ids = _field(batch, "input_ids", device)
+        input_ids = tensor_field(batch, "input_ids", device)
         if input_ids is None:
             raise ConfigError(
                 f"a batch is a {type(batch).__name__} without input_ids; expected input_ids "
@@ -231,12 +232,3 @@ def perplexity_of(model: nn.Module, batches: Iterable[object]) -> PerplexityResu
     if not metric.update_called:
         raise CalibrationError("there is no batch to compute a perplexity on: the loader is empty.")
     return metric.result()
-
-
-def _field(batch: object, name: str, device: torch.device) -> Tensor | None:
-    value = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
-    if value is None:
-        return None
-    if not isinstance(value, torch.Tensor):
-        raise ConfigError(f"{name} of a batch is a {type(value).__name__}; expected a tensor.")
-    return value.to(device)

@@ -56,24 +56,31 @@ class Speedup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyComparison:
-    """Prefill and decode before and after, on the same device, dtype and prompts."""
+    """Prefill and decode before and after, on the same device, dtype and prompts.
+
+    A classifier decodes nothing: ``decode`` is None.
+    """
 
     prefill: Speedup
-    decode: Speedup
+    decode: Speedup | None
     batch_size: int
+
+    @property
+    def phases(self) -> tuple[Speedup, ...]:
+        """What was compared."""
+        return (self.prefill,) if self.decode is None else (self.prefill, self.decode)
 
     @property
     def claim(self) -> bool:
         """Whether one phase is measurably faster and none measurably slower."""
-        phases = (self.prefill, self.decode)
-        return any(p.claim for p in phases) and not any(
-            p.measurable and p.ratio < 1 for p in phases
+        return any(p.claim for p in self.phases) and not any(
+            p.measurable and p.ratio < 1 for p in self.phases
         )
 
     @property
     def reason(self) -> str | None:
         """Why decoding did not get faster at batch 1, where it did not."""
-        if self.decode.claim or self.batch_size > 1:
+        if self.decode is None or self.decode.claim or self.batch_size > 1:
             return None
         return (
             "decoding one sequence computes one token at a time: it waits for weights to be read "
@@ -84,8 +91,8 @@ class LatencyComparison:
 
     @property
     def words(self) -> str:
-        """What may be said about both phases, one line each, with the reason where there is one."""
-        lines = (self.prefill.words, self.decode.words, self.reason)
+        """What may be said about the phases, one line each, with the reason where there is one."""
+        lines = (*(phase.words for phase in self.phases), self.reason)
         return "\n".join(line for line in lines if line)
 
 
@@ -123,16 +130,20 @@ def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:
                 f"latencies with different {name} cannot be compared: {one!r} before, {other!r} "
                 "after. Measure both on the same device, dtype and prompts."
             )
+    decode = None
+    if before.decode_seconds_per_token is not None and after.decode_seconds_per_token is not None:
+        decode = Speedup(
+            phase="decode",
+            ratio=before.decode_seconds_per_token / after.decode_seconds_per_token,
+            spread=((before.decode_spread or 0) + (after.decode_spread or 0))
+            / after.decode_seconds_per_token,
+        )
     return LatencyComparison(
         prefill=Speedup(
             phase="prefill",
             ratio=before.prefill_seconds / after.prefill_seconds,
             spread=(before.prefill_spread + after.prefill_spread) / after.prefill_seconds,
         ),
-        decode=Speedup(
-            phase="decode",
-            ratio=before.decode_seconds_per_token / after.decode_seconds_per_token,
-            spread=(before.decode_spread + after.decode_spread) / after.decode_seconds_per_token,
-        ),
+        decode=decode,
         batch_size=before.batch_size,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_prune.decoder import whole_of
 from lit_prune.plan import PruningPlan
 from lit_prune.pruner import carry_out
 from lit_prune.ranks import ALONE
@@ -101,7 +102,7 @@ def prune_within(
             dry_run=dry_run,
             warnings=(*said, *words),
             keep=partial(artifacts.plan, calibration),
-            carry=partial(carried_over, trainer.optimizers, model),
+            carry=partial(carried_over, trainer.optimizers, whole_of(model)),
             progress=shows_progress(trainer),
             ranks=ranks,
         )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_prune.calibration import LEFT_OUT, NOTHING_LEFT
+from lit_prune.decoder import whole_of
 from lit_prune.errors import (
     CalibrationError,
     ConfigError,
@@ -19,6 +21,8 @@ from lit_prune.running.loops import is_a
 from lit_prune.running.sharded import is_sharded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning.pytorch import LightningModule, Trainer
     from torch import nn
     from transformers import PreTrainedModel
@@ -55,14 +59,14 @@ def refuse_compiled(pl_module: LightningModule, model: PreTrainedModel) -> None:
     Raises:
         UnsupportedModelError: Names the compiled module.
     """
-    inside = set(model.modules())
+    inside, whole = set(model.modules()), whole_of(model)
 
     def compiled(module: nn.Module) -> bool:
         wrapped = isinstance(module, torch._dynamo.OptimizedModule)
         return wrapped or module._compiled_call_impl is not None
 
     for name, module in pl_module.named_modules():
-        if compiled(module) and (module in inside or any(m is model for m in module.modules())):
+        if compiled(module) and (module in inside or any(m is whole for m in module.modules())):
             raise UnsupportedModelError(
                 f"{name or type(pl_module).__name__} is compiled, and hooks see nothing inside. "
                 "Give the Trainer the plain module, prune, and compile the result."
@@ -136,7 +140,7 @@ def refuse_stale_optimizers(trainer: Trainer, pl_module: LightningModule) -> Non
         )
 
 
-def refuse_nothing_seen(trainer: Trainer, rows: RowSet) -> None:
+def refuse_nothing_seen(trainer: Trainer, rows: RowSet, notes: Sequence[str] = ()) -> None:
     """Refuse a validation in which the language model saw no text.
 
     Raises:
@@ -144,6 +148,8 @@ def refuse_nothing_seen(trainer: Trainer, rows: RowSet) -> None:
     """
     if rows.rows:
         return
+    if any(LEFT_OUT in note for note in notes):
+        raise CalibrationError(f"{NOTHING_LEFT}.")
     batches = sum(trainer.num_val_batches)
     length = "all" if math.isinf(batches) else f"{batches}"  # an iterable data set does not know
     raise CalibrationError(

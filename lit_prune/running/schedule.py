@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.allocation import refuse_impossible
 from lit_prune.config import RATIO_TOLERANCE, PruningConfig
-from lit_prune.decoder import spec_for
+from lit_prune.decoder import spec_for, whole_of
 from lit_prune.errors import ConfigError, UnsupportedModelError
 from lit_prune.record import PruningRecord
 from lit_prune.running.loops import is_a, is_rehearsal
@@ -254,7 +254,8 @@ class Stage:
             warnings=(words, *unreached, *report.warnings),
         )
         if not report.dry_run:
-            model.pruning_record = PruningRecord(plan, report)  # type: ignore[assignment] # a plain attribute
+            for part in {model, whole_of(model)}:
+                part.pruning_record = PruningRecord(plan, report)  # type: ignore[assignment]
         return plan, report
 
 
@@ -266,9 +267,10 @@ def is_pruned(module: nn.Module, pruned: nn.Module | None, restored: PruningPlan
         pruned: The model that the callback has pruned.
         restored: What a checkpoint, written with the callback, says was pruned.
     """
+    whole = None if pruned is None else whole_of(pruned)  # type: ignore[arg-type]
     for part in module.modules():
         record = getattr(part, "pruning_record", None)
-        if part is pruned or (record and restored and record.plan.digest == restored.digest):
+        if part is whole or (record and restored and record.plan.digest == restored.digest):
             return True
     return False
 

@@ -58,7 +58,10 @@ class Seen:
         return cls(rows, step, notes, observer.unit_moments(), observer.error)
 
     def _to_json(self) -> dict[str, Any]:
-        rows = [[row.ids.tolist(), row.scored.int().tolist()] for row in self.rows.rows]
+        rows = [
+            [None if x is None else x.tolist() for x in (row.ids, row.scored.int(), row.labels)]
+            for row in self.rows.rows
+        ]
         return {"rows": rows, "step": self.step, "notes": self.notes}
 
 
@@ -83,9 +86,13 @@ def seen_by_all(seen: Seen | None, ranks: Ranks, max_tokens: int) -> Seen | None
     if not shares:
         return None
     whole = RowSet.of(
-        Row.of(torch.tensor(ids, dtype=torch.int64), torch.tensor(scored, dtype=torch.bool))
+        Row.of(
+            torch.tensor(ids, dtype=torch.int64),
+            torch.tensor(scored, dtype=torch.bool),
+            None if labels is None else torch.tensor(labels, dtype=torch.int64),
+        )
         for share in shares
-        for ids, scored in share["rows"]
+        for ids, scored, labels in share["rows"]
     )
     rows = whole.capped(max_tokens)
     notes = [note for share in shares for note in share["notes"]]
@@ -107,7 +114,7 @@ def judge(
     Raises:
         CalibrationError: If the language model saw no text, or too little.
     """
-    refuse_nothing_seen(trainer, seen.rows)
+    refuse_nothing_seen(trainer, seen.rows, seen.notes)
     calibration = Calibration(fingerprint(model), seen.rows, seen.units, notes=seen.notes)
     if not is_rehearsal(trainer):
         calibration.require(config.min_calibration_tokens)

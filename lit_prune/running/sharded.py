@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_prune.decoder import whole_of
+from lit_prune.errors import UnsupportedModelError
 from lit_prune.running.loops import is_a
 
 if TYPE_CHECKING:
@@ -47,6 +49,11 @@ def whole_copy(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel | None:
     Returns:
         None on the other ranks.
     """
+    if whole_of(model) is not model:
+        raise UnsupportedModelError(
+            f"{type(whole_of(model)).__name__} is multimodal and its parameters are sharded: prune "
+            "it after the run, on one device, by lit_prune.prune(...)."
+        )
     weights = _gathered(model)
     if not ranks.is_first:
         return None

@@ -6,6 +6,7 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder import Task, task_of, whole_of
 from lit_prune.decoder.families import family_name
 from lit_prune.saving.versions import package_versions
 
@@ -16,6 +17,17 @@ if TYPE_CHECKING:
     from lit_prune.report import PruningReport
     from lit_prune.saving.prepared import Prepared
 
+# What a model is for, as model hubs call it and in words.
+_PIPELINES: dict[Task, str] = {
+    "next_token": "text-generation",
+    "sequence": "text-classification",
+    "token": "token-classification",
+}
+_KINDS: dict[Task, str] = {
+    "next_token": "causal language model",
+    "sequence": "classifier of texts",
+    "token": "classifier of tokens",
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -42,9 +54,9 @@ def model_card(
         plan: What stayed.
         report: Before and after.
     """
-    base = _plain_text(str(getattr(model.config, "name_or_path", "") or ""))
+    base = _plain_text(str(getattr(whole_of(model).config, "name_or_path", "") or ""))
     parts = [
-        _front_matter(base, prepared.library),
+        _front_matter(base, prepared.library, _pipeline(model)),
         f"# {_plain_text(name)}",
         _origin(model, base, plan, report),
     ]
@@ -56,15 +68,19 @@ def model_card(
         how_to_load(prepared, name),
         "\n".join(f"- {note}" for note in prepared.notes),
         "## Limits",
-        _limits(prepared, verify=verify, rounded=rounded),
+        _limits(prepared, task_of(model), verify=verify, rounded=rounded),
         "## Versions",
         _versions(plan, report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(base: str, library: str) -> str:
-    lines = ["---", "tags:", "- lit_prune", "- structured-pruning", "pipeline_tag: text-generation"]
+def _pipeline(model: PreTrainedModel) -> str:
+    return "image-text-to-text" if whole_of(model) is not model else _PIPELINES[task_of(model)]
+
+
+def _front_matter(base: str, library: str, pipeline: str) -> str:
+    lines = ["---", "tags:", "- lit_prune", "- structured-pruning", f"pipeline_tag: {pipeline}"]
     lines.append(f"library_name: {library}")
     if _HUB_NAME.fullmatch(base):
         lines.append(f"base_model: {base}")
@@ -80,7 +96,10 @@ def _origin(
     origin = f"from `{shown}`" if shown else "from a model without a name"
     count = sum(p.numel() for p in model.parameters())
     family = family_name(model.config.model_type)
-    kind = f"A {family} causal language model {origin}: {count:,} parameters"
+    kind = f"A {family} {_KINDS[task_of(model)]} {origin}: {count:,} parameters"
+    if (whole := whole_of(model)) is not model:
+        every = sum(p.numel() for p in whole.parameters())
+        kind += f", inside a {type(whole).__name__} of {every:,}"
     if plan is None:
         return f"{kind}. It carries no pruning plan."
     lines = [f"{kind}, structurally pruned by lit_prune (plan `{plan.digest[:12]}`, `plan.json`)."]
@@ -113,8 +132,9 @@ def how_to_load(prepared: Prepared, name: str) -> str:
     return "\n\n".join("\n".join(block).strip() for block in blocks)
 
 
-def _limits(prepared: Prepared, *, verify: bool, rounded: bool) -> str:
-    lines = ["Perplexity on some text is not fitness for a task: measure yours."]
+def _limits(prepared: Prepared, task: Task, *, verify: bool, rounded: bool) -> str:
+    quality = "Perplexity on some text" if task == "next_token" else "Accuracy on some samples"
+    lines = [f"{quality} is not fitness for a task: measure yours."]
     lines += prepared.limits()
     if rounded:
         lines.append(

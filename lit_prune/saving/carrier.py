@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.decoder import FAMILIES
+from lit_prune.decoder import FAMILIES, task_of
 from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
@@ -135,7 +135,7 @@ def carry(
     """
     needed = _needed(body)
     refusals = []
-    for target in _targets(body):
+    for target in _targets(model, body):
         wide = _wide(model, body, widths, target) if padded else widths
         reason = _blocked(model, body, wide, target, needed)
         if reason is None:
@@ -149,7 +149,7 @@ def can_pad_into(model: PreTrainedModel, body: Body, widths: Widths) -> bool:
     needed = _needed(body)
     return any(
         _blocked(model, body, _wide(model, body, widths, target), target, needed) is None
-        for target in _targets(body)
+        for target in _targets(model, body)
     )
 
 
@@ -158,8 +158,11 @@ def _wide(model: PreTrainedModel, body: Body, widths: Widths, target: str) -> Wi
     return widths if can is None else can.widened(body, widths, model.config.to_dict())
 
 
-def _targets(body: Body) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((body.family.model_type, CARRIER)))
+def _targets(model: PreTrainedModel, body: Body) -> tuple[str, ...]:
+    """Return the families whose classes may hold it; the carrier has no classifiers."""
+    own = body.family.model_type
+    carrier = (CARRIER,) if stock_classes(CARRIER, task_of(model))[1] is not None else ()
+    return tuple(dict.fromkeys((own, *carrier)))
 
 
 def _needed(body: Body) -> dict[str, int]:
@@ -180,7 +183,7 @@ def _blocked(
             f"what the class of {target!r} can hold is not known to lit_prune (apply_plan makes "
             "the model again from the dense one, its plan and its compensation)"
         )
-    can, class_name = TARGETS[target], stock_classes(target)[1].__name__
+    can, class_name = TARGETS[target], stock_classes(target, task_of(model))[1].__name__
     if len(dtypes := dtypes_of(model)) > 1:
         words = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"its parameters are {words}, transformers loads one dtype"
@@ -232,7 +235,7 @@ def _in(
     name: str,
 ) -> PreparedDirectory:
     """Write the decoder in the terms of one stock class."""
-    can, (config_class, model_class) = TARGETS[target], stock_classes(target)
+    can, (config_class, model_class) = TARGETS[target], stock_classes(target, task_of(model))
     flags = {flag: bool(group & needed.keys()) for flag, group in can.flags.items()}
     biased = can.always.union(*(can.flags[flag] for flag, on in flags.items() if on))
     raw = plain_config(model)
@@ -298,6 +301,8 @@ def _prepared(
     verbatim: bool = False,
     notes: tuple[str, ...] = (),
 ) -> PreparedDirectory:
+    if task_of(skeleton) == "next_token":
+        notes += vllm_notes(config, tensors)
     return PreparedDirectory(
         format=name,
         config=config,
@@ -305,7 +310,7 @@ def _prepared(
         ties=ties,
         skeleton=skeleton,
         verbatim=verbatim,
-        notes=(*notes, *vllm_notes(config, tensors)),
+        notes=notes,
     )
 
 

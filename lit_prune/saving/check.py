@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,8 @@ def load_as_stranger(directory: Path, about: dict[str, Any]) -> Any:  # noqa: AN
     sys.modules["lit_prune"] = None  # type: ignore[assignment] # whoever imports it fails
     try:
         if about["code"] is None:
-            model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True)
+            auto = getattr(transformers, about["auto"])
+            model = auto.from_pretrained(directory, local_files_only=True)
         else:
             # the file was put there by this very save: no flag is needed to import it
             spec = importlib.util.spec_from_file_location(about["code"], directory / about["code"])
@@ -65,7 +66,8 @@ def compare(model: Any, about: dict[str, Any], wanted: Tensor, ids: Tensor, *, e
     if about["attention"] in ("eager", "sdpa"):
         model.set_attn_implementation(about["attention"])
     with torch.no_grad():
-        got = model.eval()(input_ids=ids, use_cache=False).logits
+        rows = ids.split(1 if about["one_by_one"] else len(ids))
+        got = torch.cat([model.eval()(input_ids=x, use_cache=False).logits for x in rows])
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         raise Different(
             f"logits are {tuple(got.shape)} {got.dtype}, were {tuple(wanted.shape)} {wanted.dtype}."

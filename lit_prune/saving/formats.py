@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder import whole_of
 from lit_prune.decoder.families import family_name
 from lit_prune.errors import ConfigError, FormatError, did_you_mean
 from lit_prune.saving.carrier import TARGETS
@@ -17,6 +18,7 @@ from lit_prune.saving.models import HELD
 from lit_prune.saving.padded import can_pad, padded
 from lit_prune.saving.prepared import Prepared
 from lit_prune.saving.stock import stock
+from lit_prune.saving.wrapped import prepare_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ def prepare(
     """Return what is to be written, and why in this format, in words.
 
     Args:
-        model: A causal language model of a supported family.
+        model: A causal language model of a supported family, or the view of one.
         name: A key of `FORMATS`, or ``auto``.
         tokenizer: What is saved beside it.
 
@@ -54,12 +56,15 @@ def prepare(
         >>> prepare(LlamaForCausalLM(config), "auto")[1]
         'auto took stock: LlamaForCausalLM of plain transformers holds it'
     """
+    if name != "auto" and name not in FORMATS:
+        known = ["auto", *FORMATS]
+        raise ConfigError(
+            f"format must be one of {known}, got {name!r}{did_you_mean(str(name), known)}."
+        )
+    if whole_of(model) is not model:
+        whole = prepare_whole(model, name).with_tokenizer(tokenizer)
+        return whole, f"{whole.class_name} of plain transformers holds it"
     if name != "auto":
-        if name not in FORMATS:
-            known = ["auto", *FORMATS]
-            raise ConfigError(
-                f"format must be one of {known}, got {name!r}{did_you_mean(str(name), known)}."
-            )
         try:
             return FORMATS[name](model).with_tokenizer(tokenizer), f"{name} was asked for"
         except FormatError as error:

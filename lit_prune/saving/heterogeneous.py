@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lit_prune.decoder import task_of
 from lit_prune.decoder.families import PRUNED
 from lit_prune.decoder.layout import layout_of
 from lit_prune.errors import FormatError
@@ -39,13 +40,14 @@ def heterogeneous(model: PreTrainedModel) -> PreparedDirectory:
             f"lit_prune has no model file for {layout.family}, whose layers may differ (it has for "
             f"{', '.join(HELD)})",
         )
+    task = task_of(model)
     head_dims = sorted({attention.head_dim for attention in layout.attentions.values()})
     config = as_read(
         plain_config(model)
         | {
             "model_type": f"{PRUNED}{layout.family}",
-            "architectures": [class_names(layout.family)[1]],
-            "auto_map": auto_map(layout.family),
+            "architectures": [class_names(layout.family, task)[1]],
+            "auto_map": auto_map(layout.family, task),
             "head_dim": head_dims[0],
             "biases": [],
             "constants": [],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.decoder import FAMILIES, fingerprint
+from lit_prune.decoder import FAMILIES, fingerprint, text_view
 from lit_prune.errors import ArtifactError, ConfigError, PlanMismatchError
 from lit_prune.plan import PruningPlan
 from lit_prune.record import PruningRecord
@@ -20,6 +20,7 @@ from lit_prune.saving.manifest import Manifest
 from lit_prune.saving.prepared import CONFIG, GGUF_FILE
 from lit_prune.saving.skeleton import build, family_named
 from lit_prune.saving.weights import BUFFERS, DTYPES, read_shapes, read_tensors, tensors_of
+from lit_prune.saving.wrapped import is_whole, load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,14 +71,14 @@ def load_pruned(
             )
     manifest.check(directory)
     raw = read_json(inside(directory, CONFIG))
+    if is_whole(raw):
+        whole = load_whole(directory, raw, device, dtype)
+        return _checked(whole, directory, manifest)
     weights = [inside(directory, name) for name in manifest.weights]
     # outside inference mode: parameters made inside could never be trained
     with torch.inference_mode(False), torch.no_grad():
         model = _empty(raw, read_shapes(weights))
-        if fingerprint(model) != manifest.architecture.get("fingerprint"):
-            raise ArtifactError(
-                f"{directory}: the manifest speaks of another architecture than config.json."
-            )
+        _refuse_other_architecture(model, directory, manifest)
         _fill(model, read_tensors(weights, device, dtype))
         buffers = [inside(directory, BUFFERS)] if BUFFERS in manifest.files else []
         read_shapes(buffers)
@@ -85,10 +86,30 @@ def load_pruned(
     if dtype is not None:
         model.config.dtype = dtype
     model.config.name_or_path = str(directory)
+    return _with_settings(model, directory, manifest)
+
+
+def _with_settings(model: PreTrainedModel, directory: Path, manifest: Manifest) -> PreTrainedModel:
+    """Put generation config and record on a model that is loaded."""
     if GENERATION in manifest.files:
         model.generation_config = read_generation_config(read_json(inside(directory, GENERATION)))
     model.pruning_record = _record(directory, manifest)  # type: ignore[assignment] # a plain attribute
     return model
+
+
+def _checked(whole: PreTrainedModel, directory: Path, manifest: Manifest) -> PreTrainedModel:
+    """Return a multimodal model with what lay beside it, if it is the one of the manifest."""
+    _refuse_other_architecture(whole, directory, manifest)
+    _with_settings(whole, directory, manifest)
+    text_view(whole).pruning_record = whole.pruning_record
+    return whole
+
+
+def _refuse_other_architecture(model: PreTrainedModel, directory: Path, manifest: Manifest) -> None:
+    if fingerprint(model) != manifest.architecture.get("fingerprint"):
+        raise ArtifactError(
+            f"{directory}: the manifest speaks of another architecture than config.json."
+        )
 
 
 def _empty(raw: dict[str, Any], found: dict[str, tuple[tuple[int, ...], str]]) -> PreTrainedModel:

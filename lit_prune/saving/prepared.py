@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from lit_prune.decoder import DecoderParts, fingerprint
+from lit_prune.decoder import DecoderParts, auto_class, fingerprint, task_of
 from lit_prune.saving.extras import write_tokenizer
 from lit_prune.saving.files import write_json
 from lit_prune.saving.skeleton import as_read
@@ -147,14 +147,16 @@ class PreparedDirectory(Prepared):
         return {
             "code": self.code and self.code.name,
             "class": self.class_name,
+            "auto": auto_class(self.class_name),
+            "one_by_one": task_of(self.skeleton) == "sequence",
             "digest": digest(self.tensors, self.ties),
             "verbatim": self.verbatim,
         }
 
     @override
     def ways(self, name: str) -> list[tuple[str, list[str]]]:
-        mapped = f"AutoModelForCausalLM.from_pretrained({name!r}"
-        auto = "from transformers import AutoModelForCausalLM"
+        mapped = f"{auto_class(self.class_name)}.from_pretrained({name!r}"
+        auto = f"from transformers import {auto_class(self.class_name)}"
         ours = ["from lit_prune import load_pruned", "", f"model = load_pruned({name!r})"]
         if self.tokenizer is not None:
             ours += ["", "from transformers import AutoTokenizer", ""]

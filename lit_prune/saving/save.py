@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.decoder import spec_for
+from lit_prune.decoder import spec_for, text_view
 from lit_prune.errors import ConfigError, PlanMismatchError
 from lit_prune.record import PruningRecord
 from lit_prune.saving.buffers import buffers_to_save
@@ -75,7 +75,8 @@ def save_pruned(
     ========================  ====================================================================
 
     Args:
-        model: A causal language model of a supported family. It is not changed.
+        model: A causal language model of a supported family, a classifier on its decoder, or a
+            multimodal model around it (``stock`` only). It is not changed.
         directory: Where to; must not exist yet.
         format: One of the above.
         tokenizer: Saved beside it, chat template included.
@@ -118,13 +119,13 @@ def save_pruned(
         raise ConfigError(
             f"max_shard_bytes must be a positive number of bytes, got {max_shard_bytes!r}."
         )
-    directory = Path(directory)
+    directory, model = Path(directory), text_view(model)
     spec = spec_for(model)
     plan, report = _travelling(model, plan, report)
     _refuse_strangers(plan, report, calibration, compensation)
     prepared, why = prepare(model, format, tokenizer)
     architecture = {"family": spec.model_type, "why": why, **prepared.describe()}
-    buffers = buffers_to_save(model, prepared.skeleton)
+    buffers = buffers_to_save(model, text_view(prepared.skeleton))
     with staged(directory, overwrite=overwrite, num_bytes=prepared.num_bytes) as folder:
         prepared.write(folder, max_shard_bytes)
         if buffers and prepared.keeps_buffers:

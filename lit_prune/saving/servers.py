@@ -50,7 +50,7 @@ def vllm_notes(config: dict[str, Any], names: Iterable[str]) -> tuple[str, ...]:
     """Say what vLLM would not make of a directory.
 
     Args:
-        config: Content of ``config.json`` of a stock architecture.
+        config: Content of ``config.json`` of a stock architecture of a language model.
         names: Stored tensors.
 
     Example:

@@ -14,6 +14,7 @@ import torch
 
 from lit_prune.decoder import FAMILIES
 from lit_prune.decoder.families import PRUNED, family_name
+from lit_prune.decoder.head import Task, task_named
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.layout_read import check_layers
 from lit_prune.saving.models import HELD, auto_map, pruned_classes
@@ -22,8 +23,13 @@ from lit_prune.saving.weights import DTYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_MAPPINGS: dict[Task, str] = {
+    "next_token": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "sequence": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "token": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+}
 # Keys that make transformers fetch or run code, or build something else.
-_REFUSED = {
+REFUSED = {
     "auto_map",
     "attn_implementation",
     "experts_implementation",
@@ -51,9 +57,9 @@ def family_named(raw: dict[str, Any]) -> str:
         )
     if is_pruned(raw) and family not in HELD:
         raise ArtifactError(f"config.json: model_type {name!r:.80}: there is no such model file.")
-    for key in sorted(_REFUSED & set(raw)):
+    for key in sorted(REFUSED & set(raw)):
         # the one file that we write ourselves; it is not run here either
-        if key == "auto_map" and is_pruned(raw) and raw[key] == auto_map(family):
+        if key == "auto_map" and is_pruned(raw) and raw[key] == auto_map(family, _task(raw)):
             continue
         raise ArtifactError(
             f"config.json sets {key}: it can make a library fetch or run code, or build another "
@@ -69,7 +75,14 @@ def build(raw: dict[str, Any]) -> PreTrainedModel:
         ArtifactError: If the config describes no model.
     """
     family = family_named(raw)
-    config_class, model_class = pruned_classes(family) if is_pruned(raw) else stock_classes(family)
+    task = _task(raw)
+    classes = pruned_classes if is_pruned(raw) else stock_classes
+    config_class, model_class = classes(family, task)
+    if model_class is None:
+        raise ArtifactError(
+            f"config.json: architectures {raw['architectures']!r:.80}: there is no such class of "
+            f"model_type {raw['model_type']!r:.80}."
+        )
     values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map")}
     if values.get("dtype") not in (None, *DTYPES):
         raise ArtifactError(
@@ -117,9 +130,17 @@ def as_read(raw: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def stock_classes(family: str) -> tuple[Any, Any]:
-    """Return config and model class of transformers for a family."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+def stock_classes(family: str, task: Task = "next_token") -> tuple[Any, Any]:
+    """Return config and model class of transformers for a family; None where it has no such."""
+    import transformers
 
-    config_class = CONFIG_MAPPING[family]
-    return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    config_class = transformers.CONFIG_MAPPING[family]
+    mapping: Any = getattr(transformers, _MAPPINGS[task])
+    return config_class, mapping.get(config_class, None)
+
+
+def _task(raw: dict[str, Any]) -> Task:
+    """Return what a ``config.json`` says that the head is for."""
+    named = raw.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return (task_named(first) if isinstance(first, str) else None) or "next_token"

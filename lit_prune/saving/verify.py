@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_prune.decoder import quiet
+from lit_prune.decoder import quiet, task_of
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.weights import BUFFERS, dtypes_of, write_tensors
 
@@ -100,11 +100,15 @@ def random_ids(vocabulary: int) -> Tensor:
 
 
 def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Return logits ``[batch, tokens, vocabulary]`` on the CPU; the model keeps no trace of it."""
+    """Return logits ``[batch, tokens, vocabulary]`` on the CPU; the model keeps no trace of it.
+
+    Of a classifier of texts ``[batch, classes]``, one row at a time: it may name no padding token.
+    """
     device = next(model.parameters()).device
+    size = 1 if task_of(model) == "sequence" else len(ids)
     with one_thread(), quiet(model):
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
-    return logits.cpu()
+        parts = [model(input_ids=x, use_cache=False).logits for x in ids.to(device).split(size)]
+    return torch.cat(parts).cpu()
 
 
 @contextmanager

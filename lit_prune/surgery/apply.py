@@ -17,9 +17,12 @@ from lit_prune.decoder import (
     DecoderParts,
     DecoderSpec,
     SubBlock,
+    auto_class,
+    logits_of,
     quiet,
     remainder,
     spec_for,
+    text_view,
 )
 from lit_prune.decoder.layout import layout_of
 from lit_prune.decoder.projections import kept_lines
@@ -91,14 +94,16 @@ def apply_plan(
     if isinstance(compensation, str | Path):
         compensation = Compensation.load(Path(compensation))
     dense = _loaded(model) if isinstance(model, str | Path) else model
-    with applied(dense, plan, compensation, verify=verify):
+    with applied(text_view(dense), plan, compensation, verify=verify):
         return dense
 
 
 def _loaded(name: str | Path) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    config = transformers.AutoConfig.from_pretrained(name)
+    auto: Any = getattr(transformers, auto_class(*(config.architectures or ("",))[:1]))
+    model: PreTrainedModel = auto.from_pretrained(name, dtype="auto")
     return model.eval()  # type: ignore[no-any-return] # untyped upstream
 
 
@@ -305,8 +310,7 @@ def _check_ids(model: PreTrainedModel) -> Tensor:
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with quiet(model):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+        return logits_of(model, input_ids=ids)
 
 
 def _wanted(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from lit_prune.report import PruningReport, ReportRow
 
-_MORE_IS_BETTER = {"tokens_per_second"}
+_MORE_IS_BETTER = {"tokens_per_second", "accuracy"}
 _LONGEST_BAR = 2.0
 _SAME = 0.005
 _INSIDE = "inside the spread"  # what the report notes on a latency that noise explains

@@ -14,6 +14,7 @@ METRICS = (
     "quality/perplexity/before",
     "quality/perplexity/after",
     "quality/mean_nll/after",
+    "quality/accuracy/after",
     "cost/total_parameters/ratio",
     "cost/flops_per_token/ratio",
     "cost/kv_cache_bytes_per_token/ratio",

@@ -7,7 +7,7 @@
 | ``prune/total_ratio`` | scalar | fraction of all parameters, embeddings and head included |
 | ``prune/entropy/kv_group/{mean,min}`` | scalar | unit entropy (nats) at each validation |
 | ``prune/entropy/channel/{mean,min}`` | scalar | unit entropy (nats) at each validation |
-| ``quality/<key>/{before,after,ratio}`` | scalar | rows of the report in nats or perplexity |
+| ``quality/<key>/{before,after,ratio}`` | scalar | perplexity, accuracy, nats |
 | ``cost/<key>/{before,after,ratio}`` | scalar | every other row: sizes, FLOPs, seconds, tokens/s |
 | ``prune/score/kv_group`` | image | entropy of KV groups, layer x unit, cuts marked |
 | ``prune/score/channel`` | image | entropy of MLP channels, layer x unit, cuts marked |
@@ -177,7 +177,7 @@ def report_scalars(report: PruningReport) -> dict[str, float]:
     ratios = (report.requested_ratio, report.achieved_ratio, report.total_ratio)
     scalars = dict(zip(RATIOS, ratios, strict=True))
     for row in report.rows:
-        place = "quality" if row.unit in ("nats", "perplexity") else "cost"
+        place = "quality" if row.unit in ("nats", "perplexity", "accuracy") else "cost"
         for name, value in (("before", row.before), ("after", row.after), ("ratio", row.ratio)):
             if value is not None:
                 scalars[f"{place}/{row.key}/{name}"] = float(value)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from typing_extensions import override
 
-from lit_prune.decoder import fingerprint
+from lit_prune.decoder import fingerprint, task_of
 from lit_prune.errors import ConfigError, FormatError
 from lit_prune.saving.body import body_of
 from lit_prune.saving.extras import write_tokenizer
@@ -188,6 +188,8 @@ def gguf(model: PreTrainedModel) -> PreparedGguf:
         raise ConfigError(
             "format='gguf' needs the package gguf: pip install 'lit-prune[gguf]'."
         ) from error
+    if task_of(model) != "next_token":
+        raise FormatError(NAME, "llama.cpp writes text, and this model classifies it")
     body = body_of(model)
     choice = architecture_for(model, body)
     skeleton = heterogeneous(model).skeleton  # refuses modules that were replaced by hand

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.decoder.families import PRUNED
+from lit_prune.decoder.head import TASKS, Task, auto_class
 
 # Families with a model file, so that layers may differ in a saved directory.
 HELD = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
@@ -22,7 +23,7 @@ def model_file(family: str) -> Path:
     return Path(__file__).with_name(f"modeling_{PRUNED}{family}.py")
 
 
-def class_names(family: str) -> tuple[str, str]:
+def class_names(family: str, task: Task = "next_token") -> tuple[str, str]:
     """Return the names of config and model class in `model_file`.
 
     Example:
@@ -30,27 +31,31 @@ def class_names(family: str) -> tuple[str, str]:
         ('PrunedLlamaConfig', 'PrunedLlamaForCausalLM')
     """
     stem = f"Pruned{family.capitalize()}"
-    return f"{stem}Config", f"{stem}ForCausalLM"
+    return f"{stem}Config", next(f"{stem}{end}" for end, other in TASKS.items() if other == task)
 
 
-def auto_map(family: str) -> dict[str, str]:
+def auto_map(family: str, task: Task = "next_token") -> dict[str, str]:
     """Return the entry of ``config.json`` that leads transformers to the file beside it."""
-    names = zip(("AutoConfig", "AutoModelForCausalLM"), class_names(family), strict=True)
-    return {auto: f"{model_file(family).stem}.{name}" for auto, name in names}
+    config, model = class_names(family, task)
+    names = {"AutoConfig": config, auto_class(model): model}
+    return {auto: f"{model_file(family).stem}.{name}" for auto, name in names.items()}
 
 
-def pruned_classes(family: str) -> tuple[Any, Any]:
+def pruned_classes(family: str, task: Task = "next_token") -> tuple[Any, Any]:
     """Return config and model class of pruned models of a family; imports them when first asked.
 
     transformers knows them afterwards.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     module = importlib.import_module(f"{__name__}.{model_file(family).stem}")
-    config_class, model_class = (getattr(module, name) for name in class_names(family))
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    return config_class, model_class
+    config_class: Any = getattr(module, class_names(family)[0])
+    transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for known in TASKS.values():
+        name = class_names(family, known)[1]
+        auto: Any = getattr(transformers, auto_class(name))
+        auto.register(config_class, getattr(module, name), exist_ok=True)
+    return config_class, getattr(module, class_names(family, task)[1])
 
 
 def register() -> None:

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import (
     GraniteDecoderLayer,
@@ -118,19 +122,12 @@ class PrunedGraniteModel(GraniteModel):
         self.post_init()
 
 
-class PrunedGraniteForCausalLM(GraniteForCausalLM):
-    """The stock language model around `PrunedGraniteModel`."""
+class _Strict:
+    """Loading that refuses what transformers would only warn of."""
 
     config_class = PrunedGraniteConfig
     config: PrunedGraniteConfig
     _no_split_modules = ["PrunedGraniteDecoderLayer"]
-
-    def __init__(self, config: PrunedGraniteConfig) -> None:
-        GranitePreTrainedModel.__init__(self, config)
-        self.model = PrunedGraniteModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -149,8 +146,49 @@ class PrunedGraniteForCausalLM(GraniteForCausalLM):
             )
         return (model, info) if asked else model
 
+
+class PrunedGraniteForCausalLM(_Strict, GraniteForCausalLM):
+    """The stock language model around `PrunedGraniteModel`."""
+
+    def __init__(self, config: PrunedGraniteConfig) -> None:
+        GranitePreTrainedModel.__init__(self, config)
+        self.model = PrunedGraniteModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+class PrunedGraniteForSequenceClassification(
+    _Strict, GenericForSequenceClassification, GranitePreTrainedModel
+):
+    """The stock classifier of texts around `PrunedGraniteModel`."""
+
+    def __init__(self, config: PrunedGraniteConfig) -> None:
+        GranitePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedGraniteModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedGraniteForTokenClassification(
+    _Strict, GenericForTokenClassification, GranitePreTrainedModel
+):
+    """The stock classifier of tokens around `PrunedGraniteModel`."""
+
+    def __init__(self, config: PrunedGraniteConfig) -> None:
+        GranitePreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedGraniteModel(config)
+        names = ("classifier_dropout", "hidden_dropout")
+        found = (getattr(config, name, None) for name in names)
+        self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
 
 def cache_slots(config: Any) -> dict[int, int]:
@@ -170,5 +208,13 @@ def cache_slots(config: Any) -> dict[int, int]:
 # `save_pretrained` writes `auto_map` and this file again
 PrunedGraniteConfig.register_for_auto_class("AutoConfig")
 PrunedGraniteForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PrunedGraniteForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PrunedGraniteForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["PrunedGraniteConfig", "PrunedGraniteForCausalLM", "PrunedGraniteModel"]
+__all__ = [
+    "PrunedGraniteConfig",
+    "PrunedGraniteForCausalLM",
+    "PrunedGraniteForSequenceClassification",
+    "PrunedGraniteForTokenClassification",
+    "PrunedGraniteModel",
+]

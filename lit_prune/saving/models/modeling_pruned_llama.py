@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -118,19 +122,12 @@ class PrunedLlamaModel(LlamaModel):
         self.post_init()
 
 
-class PrunedLlamaForCausalLM(LlamaForCausalLM):
-    """The stock language model around `PrunedLlamaModel`."""
+class _Strict:
+    """Loading that refuses what transformers would only warn of."""
 
     config_class = PrunedLlamaConfig
     config: PrunedLlamaConfig
     _no_split_modules = ["PrunedLlamaDecoderLayer"]
-
-    def __init__(self, config: PrunedLlamaConfig) -> None:
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = PrunedLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -149,8 +146,49 @@ class PrunedLlamaForCausalLM(LlamaForCausalLM):
             )
         return (model, info) if asked else model
 
+
+class PrunedLlamaForCausalLM(_Strict, LlamaForCausalLM):
+    """The stock language model around `PrunedLlamaModel`."""
+
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = PrunedLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+class PrunedLlamaForSequenceClassification(
+    _Strict, GenericForSequenceClassification, LlamaPreTrainedModel
+):
+    """The stock classifier of texts around `PrunedLlamaModel`."""
+
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedLlamaForTokenClassification(
+    _Strict, GenericForTokenClassification, LlamaPreTrainedModel
+):
+    """The stock classifier of tokens around `PrunedLlamaModel`."""
+
+    def __init__(self, config: PrunedLlamaConfig) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedLlamaModel(config)
+        names = ("classifier_dropout", "hidden_dropout")
+        found = (getattr(config, name, None) for name in names)
+        self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
 
 def cache_slots(config: Any) -> dict[int, int]:
@@ -170,5 +208,13 @@ def cache_slots(config: Any) -> dict[int, int]:
 # `save_pretrained` writes `auto_map` and this file again
 PrunedLlamaConfig.register_for_auto_class("AutoConfig")
 PrunedLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PrunedLlamaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PrunedLlamaForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["PrunedLlamaConfig", "PrunedLlamaForCausalLM", "PrunedLlamaModel"]
+__all__ = [
+    "PrunedLlamaConfig",
+    "PrunedLlamaForCausalLM",
+    "PrunedLlamaForSequenceClassification",
+    "PrunedLlamaForTokenClassification",
+    "PrunedLlamaModel",
+]

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import (
     MistralDecoderLayer,
@@ -118,19 +122,12 @@ class PrunedMistralModel(MistralModel):
         self.post_init()
 
 
-class PrunedMistralForCausalLM(MistralForCausalLM):
-    """The stock language model around `PrunedMistralModel`."""
+class _Strict:
+    """Loading that refuses what transformers would only warn of."""
 
     config_class = PrunedMistralConfig
     config: PrunedMistralConfig
     _no_split_modules = ["PrunedMistralDecoderLayer"]
-
-    def __init__(self, config: PrunedMistralConfig) -> None:
-        MistralPreTrainedModel.__init__(self, config)
-        self.model = PrunedMistralModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -149,8 +146,49 @@ class PrunedMistralForCausalLM(MistralForCausalLM):
             )
         return (model, info) if asked else model
 
+
+class PrunedMistralForCausalLM(_Strict, MistralForCausalLM):
+    """The stock language model around `PrunedMistralModel`."""
+
+    def __init__(self, config: PrunedMistralConfig) -> None:
+        MistralPreTrainedModel.__init__(self, config)
+        self.model = PrunedMistralModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+class PrunedMistralForSequenceClassification(
+    _Strict, GenericForSequenceClassification, MistralPreTrainedModel
+):
+    """The stock classifier of texts around `PrunedMistralModel`."""
+
+    def __init__(self, config: PrunedMistralConfig) -> None:
+        MistralPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedMistralModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedMistralForTokenClassification(
+    _Strict, GenericForTokenClassification, MistralPreTrainedModel
+):
+    """The stock classifier of tokens around `PrunedMistralModel`."""
+
+    def __init__(self, config: PrunedMistralConfig) -> None:
+        MistralPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedMistralModel(config)
+        names = ("classifier_dropout", "hidden_dropout")
+        found = (getattr(config, name, None) for name in names)
+        self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
 
 def cache_slots(config: Any) -> dict[int, int]:
@@ -170,5 +208,13 @@ def cache_slots(config: Any) -> dict[int, int]:
 # `save_pretrained` writes `auto_map` and this file again
 PrunedMistralConfig.register_for_auto_class("AutoConfig")
 PrunedMistralForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PrunedMistralForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PrunedMistralForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["PrunedMistralConfig", "PrunedMistralForCausalLM", "PrunedMistralModel"]
+__all__ = [
+    "PrunedMistralConfig",
+    "PrunedMistralForCausalLM",
+    "PrunedMistralForSequenceClassification",
+    "PrunedMistralForTokenClassification",
+    "PrunedMistralModel",
+]

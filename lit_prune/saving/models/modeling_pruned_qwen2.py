@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2DecoderLayer,
@@ -118,19 +122,12 @@ class PrunedQwen2Model(Qwen2Model):
         self.post_init()
 
 
-class PrunedQwen2ForCausalLM(Qwen2ForCausalLM):
-    """The stock language model around `PrunedQwen2Model`."""
+class _Strict:
+    """Loading that refuses what transformers would only warn of."""
 
     config_class = PrunedQwen2Config
     config: PrunedQwen2Config
     _no_split_modules = ["PrunedQwen2DecoderLayer"]
-
-    def __init__(self, config: PrunedQwen2Config) -> None:
-        Qwen2PreTrainedModel.__init__(self, config)
-        self.model = PrunedQwen2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -149,8 +146,49 @@ class PrunedQwen2ForCausalLM(Qwen2ForCausalLM):
             )
         return (model, info) if asked else model
 
+
+class PrunedQwen2ForCausalLM(_Strict, Qwen2ForCausalLM):
+    """The stock language model around `PrunedQwen2Model`."""
+
+    def __init__(self, config: PrunedQwen2Config) -> None:
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.model = PrunedQwen2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+class PrunedQwen2ForSequenceClassification(
+    _Strict, GenericForSequenceClassification, Qwen2PreTrainedModel
+):
+    """The stock classifier of texts around `PrunedQwen2Model`."""
+
+    def __init__(self, config: PrunedQwen2Config) -> None:
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedQwen2Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedQwen2ForTokenClassification(
+    _Strict, GenericForTokenClassification, Qwen2PreTrainedModel
+):
+    """The stock classifier of tokens around `PrunedQwen2Model`."""
+
+    def __init__(self, config: PrunedQwen2Config) -> None:
+        Qwen2PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedQwen2Model(config)
+        names = ("classifier_dropout", "hidden_dropout")
+        found = (getattr(config, name, None) for name in names)
+        self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
 
 def cache_slots(config: Any) -> dict[int, int]:
@@ -170,5 +208,13 @@ def cache_slots(config: Any) -> dict[int, int]:
 # `save_pretrained` writes `auto_map` and this file again
 PrunedQwen2Config.register_for_auto_class("AutoConfig")
 PrunedQwen2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PrunedQwen2ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PrunedQwen2ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["PrunedQwen2Config", "PrunedQwen2ForCausalLM", "PrunedQwen2Model"]
+__all__ = [
+    "PrunedQwen2Config",
+    "PrunedQwen2ForCausalLM",
+    "PrunedQwen2ForSequenceClassification",
+    "PrunedQwen2ForTokenClassification",
+    "PrunedQwen2Model",
+]

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3DecoderLayer,
@@ -118,19 +122,12 @@ class PrunedQwen3Model(Qwen3Model):
         self.post_init()
 
 
-class PrunedQwen3ForCausalLM(Qwen3ForCausalLM):
-    """The stock language model around `PrunedQwen3Model`."""
+class _Strict:
+    """Loading that refuses what transformers would only warn of."""
 
     config_class = PrunedQwen3Config
     config: PrunedQwen3Config
     _no_split_modules = ["PrunedQwen3DecoderLayer"]
-
-    def __init__(self, config: PrunedQwen3Config) -> None:
-        Qwen3PreTrainedModel.__init__(self, config)
-        self.model = PrunedQwen3Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -149,8 +146,49 @@ class PrunedQwen3ForCausalLM(Qwen3ForCausalLM):
             )
         return (model, info) if asked else model
 
+
+class PrunedQwen3ForCausalLM(_Strict, Qwen3ForCausalLM):
+    """The stock language model around `PrunedQwen3Model`."""
+
+    def __init__(self, config: PrunedQwen3Config) -> None:
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.model = PrunedQwen3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+class PrunedQwen3ForSequenceClassification(
+    _Strict, GenericForSequenceClassification, Qwen3PreTrainedModel
+):
+    """The stock classifier of texts around `PrunedQwen3Model`."""
+
+    def __init__(self, config: PrunedQwen3Config) -> None:
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedQwen3Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedQwen3ForTokenClassification(
+    _Strict, GenericForTokenClassification, Qwen3PreTrainedModel
+):
+    """The stock classifier of tokens around `PrunedQwen3Model`."""
+
+    def __init__(self, config: PrunedQwen3Config) -> None:
+        Qwen3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedQwen3Model(config)
+        names = ("classifier_dropout", "hidden_dropout")
+        found = (getattr(config, name, None) for name in names)
+        self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
 
 def cache_slots(config: Any) -> dict[int, int]:
@@ -170,5 +208,13 @@ def cache_slots(config: Any) -> dict[int, int]:
 # `save_pretrained` writes `auto_map` and this file again
 PrunedQwen3Config.register_for_auto_class("AutoConfig")
 PrunedQwen3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PrunedQwen3ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PrunedQwen3ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["PrunedQwen3Config", "PrunedQwen3ForCausalLM", "PrunedQwen3Model"]
+__all__ = [
+    "PrunedQwen3Config",
+    "PrunedQwen3ForCausalLM",
+    "PrunedQwen3ForSequenceClassification",
+    "PrunedQwen3ForTokenClassification",
+    "PrunedQwen3Model",
+]

@@ -1,0 +1,122 @@
+"""What stands on a decoder, and what it says: the next token, or a class of a text or of a token.
+
+The one place that knows; whoever needs logits, the head itself or a label's position asks here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig
+
+Task = Literal["next_token", "sequence", "token"]
+# End of a class name → what its head is for.
+TASKS: dict[str, Task] = {
+    "ForCausalLM": "next_token",
+    "LMHeadModel": "next_token",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+}
+# Of the classifiers; transformers names it by one of these.
+_HEADS = ("score", "classifier")
+IGNORED_LABEL = -100
+
+
+def task_named(class_name: str) -> Task | None:
+    """Return what the head of a class is for; None where it has none that is known.
+
+    Example:
+        >>> task_named("LlamaForSequenceClassification"), task_named("LlamaModel")
+        ('sequence', None)
+    """
+    return next((task for end, task in TASKS.items() if class_name.endswith(end)), None)
+
+
+def task_of(model: nn.Module) -> Task:
+    """Return what the head of ``model`` is for; a class that says nothing predicts tokens."""
+    return task_named(type(model).__name__) or "next_token"
+
+
+def auto_class(class_name: str) -> str:
+    """Return the name of the class of transformers that loads models of another.
+
+    Example:
+        >>> auto_class("LlamaForTokenClassification"), auto_class("LlamaModel")
+        ('AutoModelForTokenClassification', 'AutoModelForCausalLM')
+    """
+    if class_name.endswith("ForConditionalGeneration"):  # multimodal: see `text_view`
+        return "AutoModelForImageTextToText"
+    wanted = task_named(class_name) or "next_token"
+    return next(f"AutoModel{end}" for end, task in TASKS.items() if task == wanted)
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return the layer that turns the final hidden state into logits; None where there is none."""
+    whole: Any = model
+    if task_of(model) == "next_token":
+        embeddings: nn.Module | None = whole.get_output_embeddings()
+        return embeddings
+    head: nn.Module = next(getattr(model, name) for name in _HEADS if hasattr(model, name))
+    return head
+
+
+def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
+    """Return what the head says at every token, ``[batch, tokens, outputs]``; no cache is filled.
+
+    A classifier of texts returns the logits of one token only, and of a batch none at all where no
+    padding token is named: here its head is asked of all.
+    """
+    run: Any = model
+    if task_of(model) == "next_token":
+        logits: Tensor = run(**inputs, use_cache=False).logits
+        return logits
+    head: Any = head_of(model)
+    said: Tensor = head(run.base_model(**inputs, use_cache=False).last_hidden_state)
+    return said
+
+
+def read_at(ids: Tensor, mask: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Return the column at which a classifier of texts reads each row, ``[batch]``.
+
+    As in transformers the last token that is not the padding token, of those that are real: a text
+    that ends with it, where it is the end-of-text token too, is read before it.
+
+    Args:
+        ids: ``[batch, tokens]``.
+        mask: Real tokens, ``[batch, tokens]``, bool.
+        config: Names the padding token, or none.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> ids = torch.tensor([[5, 6, 0, 0], [0, 0, 7, 8]])
+        >>> read_at(ids, ids != 0, SimpleNamespace(pad_token_id=0))
+        tensor([1, 3])
+    """
+    pad = getattr(config, "pad_token_id", None)
+    readable = mask if pad is None else mask & (ids != pad)
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    if not ids.shape[1]:
+        return columns.new_zeros(len(ids))
+    return (columns * readable).argmax(1)
+
+
+def placed_labels(
+    task: Task, labels: Tensor, ids: Tensor, mask: Tensor, config: PreTrainedConfig
+) -> Tensor:
+    """Put the labels of a classifier where its head is read, -100 elsewhere, ``[batch, tokens]``.
+
+    Args:
+        task: ``sequence``: one label for each row, ``[batch]``; ``token``: one for each token.
+        labels: int64.
+        ids: ``[batch, tokens]``.
+        mask: Real tokens, ``[batch, tokens]``, bool.
+        config: Of the model.
+    """
+    if task == "token":
+        return labels.masked_fill(~mask, IGNORED_LABEL)
+    at = read_at(ids, mask, config).unsqueeze(1)
+    return torch.full_like(ids, IGNORED_LABEL).scatter(1, at, labels.reshape(-1, 1).to(ids.dtype))
