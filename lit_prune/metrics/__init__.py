@@ -1,6 +1,7 @@
 """What people read: perplexity, latency, footprint."""
 
 from lit_prune.metrics.footprint import Footprint, FootprintResult, footprint_of
+from lit_prune.metrics.gain import Gain, gains
 from lit_prune.metrics.latency import Latency, LatencyResult, device_words, measure_latency
 from lit_prune.metrics.peak import PeakMemory, measure_peak
 from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexity_of
@@ -10,6 +11,7 @@ from lit_prune.metrics.sub_block_latency import SubBlockLatency, measure_sub_blo
 __all__ = [
     "Footprint",
     "FootprintResult",
+    "Gain",
     "Latency",
     "LatencyComparison",
     "LatencyResult",
@@ -21,6 +23,7 @@ __all__ = [
     "compare",
     "device_words",
     "footprint_of",
+    "gains",
     "measure_latency",
     "measure_peak",
     "measure_sub_blocks",

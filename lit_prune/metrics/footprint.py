@@ -48,6 +48,10 @@ class FootprintResult:
             storage.
         peak_forward_bytes: Peak memory of one forward besides the weights, where measured.
         peak_method: How it was counted (`PeakMemory.method`).
+        head_weight_bytes: Bytes of the language-model head (which may be the embeddings, tied).
+        num_layers: Decoder layers.
+        odd_sizes: Sizes of linear weights in them that are no multiple of 64, ascending: tiles of
+            matrix units are left in part empty.
     """
 
     decoder_parameters: int
@@ -60,6 +64,14 @@ class FootprintResult:
     weight_bytes: int
     peak_forward_bytes: int | None = None
     peak_method: str | None = None
+    head_weight_bytes: int = 0
+    num_layers: int = 0
+    odd_sizes: tuple[int, ...] = ()
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights that a decoding step reads: decoder layers and head, once each."""
+        return self.decoder_weight_bytes + self.head_weight_bytes
 
 
 def footprint_of(
@@ -118,6 +130,9 @@ def footprint_of(
         kv_cache_bytes_per_token=sum(_kv_bytes(*where) for where in attention),
         decoder_weight_bytes=sum(p.nbytes for p in parts.layers.parameters()),
         weight_bytes=_storage_bytes(model.parameters()),
+        head_weight_bytes=0 if head is None else head.weight.nbytes,
+        num_layers=len(parts.layers),
+        odd_sizes=_odd_sizes(parts.layers),
     )
     if peak_ids is None:
         return result
@@ -133,6 +148,11 @@ def _linear_flops(layers: nn.Module) -> int:
     # `remove_duplicate` stays off: a linear that is used twice is computed twice
     modules = (module for _, module in layers.named_modules(remove_duplicate=False))
     return sum(2 * module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
+
+def _odd_sizes(layers: nn.Module) -> tuple[int, ...]:
+    linears = (module for module in layers.modules() if isinstance(module, nn.Linear))
+    return tuple(sorted({size for linear in linears for size in linear.weight.shape if size % 64}))
 
 
 def _attention_flops(parts: DecoderParts, layer: int, context_length: int) -> int:

@@ -71,22 +71,9 @@ class LatencyComparison:
         )
 
     @property
-    def reason(self) -> str | None:
-        """Why decoding did not get faster at batch 1, where it did not."""
-        if self.decode.claim or self.batch_size > 1:
-            return None
-        return (
-            "decoding one sequence computes one token at a time: it waits for weights to be read "
-            "and for the fixed cost of each layer, not for arithmetic. Narrower layers save little "
-            "of that on small models or fast devices; fewer layers, larger batches or longer "
-            "prompts show what was saved"
-        )
-
-    @property
     def words(self) -> str:
-        """What may be said about both phases, one line each, with the reason where there is one."""
-        lines = (self.prefill.words, self.decode.words, self.reason)
-        return "\n".join(line for line in lines if line)
+        """What may be said about both phases, one line each."""
+        return f"{self.prefill.words}\n{self.decode.words}"
 
 
 def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:

@@ -19,6 +19,7 @@ from lit_prune.saving.manifest import Manifest
 from lit_prune.saving.staging import staged
 from lit_prune.saving.verify import verify_saved
 from lit_prune.saving.weights import BUFFERS, write_tensors
+from lit_prune.views.html import REPORT_PAGE, write_html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,9 +51,9 @@ def save_pruned(
     """Save a model, pruned or not, as one directory that `load_pruned` reads back bit for bit.
 
     Weights go to safetensors (a tied weight once), beside them config, generation config,
-    tokenizer, plan, report, a model card, and ``MANIFEST.json`` with the hash of every file. The
-    directory appears at once and whole: after a crash, a full disk or Ctrl-C the target is as it
-    was.
+    tokenizer, plan, report (``report.json``, and ``report.html`` to look at), a model card, and
+    ``MANIFEST.json`` with the hash of every file. The directory appears at once and whole: after a
+    crash, a full disk or Ctrl-C the target is as it was.
 
     ========================  ====================================================================
     format                    who loads it
@@ -123,7 +124,9 @@ def save_pruned(
     plan, report = _travelling(model, plan, report)
     _refuse_strangers(plan, report, calibration, compensation)
     prepared, why = prepare(model, format, tokenizer)
-    architecture = {"family": spec.model_type, "why": why, **prepared.describe()}
+    name = directory.resolve().name
+    ways = prepared.ways(name)
+    architecture = {"family": spec.model_type, "why": why, "load": ways, **prepared.describe()}
     buffers = buffers_to_save(model, prepared.skeleton)
     with staged(directory, overwrite=overwrite, num_bytes=prepared.num_bytes) as folder:
         prepared.write(folder, max_shard_bytes)
@@ -141,7 +144,7 @@ def save_pruned(
         card = model_card(
             model,
             prepared,
-            name=directory.resolve().name,
+            name=name,
             why=why,
             verify=verify,
             rounded=bool(buffers),
@@ -149,6 +152,8 @@ def save_pruned(
             report=report,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if plan is not None and report is not None:
+            write_html(report, plan, folder / REPORT_PAGE, name=name, load=ways)
         manifest = Manifest.of(
             folder, architecture=architecture, verified=False, verification=_UNVERIFIED
         )
