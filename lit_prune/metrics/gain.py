@@ -110,7 +110,7 @@ def _decode(
     said = (
         f"A step reads {_bytes(pruned.step_weight_bytes)} of weights in place of "
         f"{_bytes(dense.step_weight_bytes)}, {head:.0%} of them the head (often the embeddings, "
-        f"too), which pruning leaves alone: that saves {most:.2f}x at most"
+        f"too), which pruning leaves alone: {most:.2f}x faster at most"
     )
     return _why_not(said, most, speedup, one, dense, pruned) + _flat(one, others)
 
@@ -127,7 +127,7 @@ def _prefill(
         return _doubt(speedup, most, "fewer operations")
     if most <= 1:
         return "Nothing that a prefill computes was removed"
-    fewer = f"A prompt takes {1 - after / before:.0%} fewer operations: that saves {most:.2f}x"
+    fewer = f"A prompt takes {1 - after / before:.0%} fewer operations: {most:.2f}x faster"
     return _why_not(f"{fewer} at most", most, speedup, one, dense, pruned)
 
 

@@ -45,7 +45,6 @@ def page_of(
     *,
     name: str = "",
     sweep: Sequence[SweepPoint] = (),
-    dense_nll: float | None = None,
     load: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> str:
     """Return the page.
@@ -54,8 +53,8 @@ def page_of(
         report: Before and after.
         plan: What stayed.
         name: Of the model, for the heading.
-        sweep: Where a sweep was run, its points.
-        dense_nll: NLL of the dense model on the choose side, for the sweep.
+        sweep: Where a sweep was run, its points; one of ratio 0, measured, shows the others as
+            excess over it.
         load: How to load the model: words, and lines of code, for each way.
 
     Raises:
@@ -77,6 +76,7 @@ def page_of(
             f"the report is about plan {report.plan_digest[:12]}…, this is plan "
             f"{plan.digest[:12]}…: they were not made together."
         )
+    report = type(report).from_json(report.to_json())  # no more than report.json can say
     outline, times = Outline.of(plan), times_of(report)
     title = (
         f"{name or 'A model'}, pruned by lit_prune"
@@ -88,7 +88,7 @@ def page_of(
         before_and_after(report),
         cut_map(outline),
         prices(report, plan, outline),
-        trade_off_of(sweep, dense_nll),
+        trade_off_of(sweep),
         latency(times),
         calibration(report),
         warnings(report),
@@ -116,7 +116,6 @@ def write_html(
     *,
     name: str = "",
     sweep: Sequence[SweepPoint] = (),
-    dense_nll: float | None = None,
     load: Sequence[tuple[str, Sequence[str]]] = (),
 ) -> None:
     """Write the page, whole or not at all; arguments as in `page_of`.
@@ -125,7 +124,7 @@ def write_html(
         PlanMismatchError: If the report is about another plan.
         ArtifactError: If the file cannot be written; one that was there before is whole.
     """
-    page = page_of(report, plan, name=name, sweep=sweep, dense_nll=dense_nll, load=load)
+    page = page_of(report, plan, name=name, sweep=sweep, load=load)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.write_text(page, encoding="utf-8")

@@ -58,7 +58,7 @@ def test_bytes_that_stay_are_named_with_the_most_that_they_leave_to_gain():
     assert reason.startswith(
         "A step reads 80.00 MB of weights in place of 100.00 MB, 50% of them the head"
     )
-    assert "saves 1.25x at most; the time did not follow" in reason
+    assert ": 1.25x faster at most; the time did not follow" in reason
     assert "starting the operations of 10 layers as before" in reason
     fewer = gain(replace(PRUNED, num_layers=8)).decode_reason
     assert "8 layers in place of 10" in fewer
@@ -69,7 +69,7 @@ def test_a_spread_wider_than_all_there_is_to_gain_is_said_and_nothing_else():
     for reason in (found.decode_reason, found.prefill_reason):
         assert "which is less than the spread: more repetitions" in reason
         assert "did not follow" not in reason
-    assert "A prompt takes 30% fewer operations: that saves 1.42x at most" in found.prefill_reason
+    assert "A prompt takes 30% fewer operations: 1.42x faster at most" in found.prefill_reason
 
 
 def test_slower_outside_the_spread_has_a_reason_too():

@@ -76,12 +76,11 @@ def _cost(report: PruningReport) -> tuple[str, list[str]]:
         return "Not measured", facts
     if row.after is None:
         return "Perplexity is not a finite number any more", [*facts, "do not use this model"]
-    shown = f"{format_value(row.before, row.unit)} → {format_value(row.after, row.unit)}"
-    words = {"better": "lower, better", "worse": "higher, worse", "same": "no difference"}
-    verdict = words.get(row.verdict, "")
-    facts.insert(0, f"{change(row.ratio)}: {verdict}" if row.verdict != "same" else verdict)
+    words = {"better": "lower, which is better", "worse": "higher, which is worse"}
+    verdict = words.get(row.verdict, "hardly any difference")
+    facts.insert(0, f"{change(row.ratio)}: {verdict}")
     facts.append("perplexity is not fitness for a task: measure yours")
-    return f"Perplexity {shown}", facts
+    return f"Perplexity {row.before:,.2f} → {row.after:,.2f}", facts
 
 
 def _faster(report: PruningReport, times: list[Timed]) -> tuple[str, list[str]]:

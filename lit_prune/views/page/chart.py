@@ -163,17 +163,18 @@ class Chart:
         return tag("svg", said, *frame, *self.drawn, viewBox=box, role="img", class_="chart")
 
 
-def figure(picture: Element, caption: str) -> Element:
-    """Return a picture with its caption."""
-    return tag("figure", picture, tag("figcaption", caption))
-
-
-def legend(entries: Sequence[tuple[str, str]]) -> Element:
-    """Return a line of shapes with their meaning.
+def figure(picture: Element, caption: str, entries: Sequence[tuple[str, str]] = ()) -> Element:
+    """Return a picture under its caption and legend.
 
     Args:
-        entries: Shape (as in `Chart.mark`, or the class of a line) and words.
+        picture: `Chart.svg`.
+        caption: What it shows.
+        entries: Of the legend: shape (as in `Chart.mark`, or the class of a line) and words.
     """
+    return tag("figure", tag("figcaption", caption, _legend(entries)), picture)
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> Element:
     shown = []
     for shape, words in entries:
         box = Chart(Axis(0, 1, 8, 8), Axis(0, 1, 8, 8), "")
@@ -183,4 +184,4 @@ def legend(entries: Sequence[tuple[str, str]]) -> Element:
             box.drawn.append(tag("line", x1=0, x2=16, y1=8, y2=8, class_=shape))
         sign = tag("svg", *box.drawn, viewBox="0 0 16 16", class_="sign chart", aria_hidden="true")
         shown.append(tag("span", sign, f" {words}"))
-    return tag("p", *shown, class_="legend")
+    return tag("span", *shown, class_="legend")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lit_prune.report import PruningReport
     from lit_prune.views.page.elements import Child
 
-_VERDICTS = {"better": "▲ better", "worse": "▼ worse", "same": "= no difference", "unknown": "–"}
+_VERDICTS = {"better": "▲ better", "worse": "▼ worse", "same": "= same", "unknown": "–"}
 _RATES = {"prefill": "prefill throughput", "decode": "decode throughput"}
 
 
@@ -31,12 +31,15 @@ def before_and_after(report: PruningReport) -> Element:
             format_value(row.before, row.unit),
             format_value(row.after, row.unit),
             change(row.ratio),
-            tag("span", _VERDICTS[row.verdict], class_=row.verdict),
-            row.note,
+            tag(
+                "div",
+                tag("span", _VERDICTS[row.verdict], class_=row.verdict),
+                tag("small", f" {row.note}") if row.note else None,
+            ),
         ]
         for row in report.rows
     ]
-    header = ["Quantity", "Before", "After", "Change", "Verdict", "Note"]
+    header = ["Quantity", "Before", "After", "Change", "Verdict"]
     shown = table("The model before and after", header, rows, numbers=(1, 2, 3))
     notes = [str(words) for words in report.conditions.get("words", [])]
     perplexity = [words for words in notes if words.startswith("perplexity")]

@@ -26,7 +26,8 @@ def latency(times: list[Timed]) -> Element:
     if not times:
         words = "Not measured: it was switched off in the request (`latency_prompt_tokens` is 0)."
         return section("latency", title, listed([words], class_="plain"))
-    rows, reasons = [], []
+    rows = []
+    reasons: dict[tuple[str, str], list[str]] = {}
     for name in PHASES:
         for one in times:
             batch = one.before.batch_size
@@ -41,7 +42,7 @@ def latency(times: list[Timed]) -> Element:
                 ]
             )
             if reason := one.reasons.get(name):
-                reasons.append(f"{name} at batch {batch}: {reason}.")
+                reasons.setdefault((name, reason), []).append(str(batch))
     first = times[0].before
     conditions = (
         f"On {first.device}, {first.dtype}; prompts of {first.prompt_tokens} tokens, "
@@ -51,7 +52,11 @@ def latency(times: list[Timed]) -> Element:
     )
     header = ["Phase", "Before", "After", "Speed-up", "Verdict"]
     shown = table("Time before and after", header, rows, numbers=(1, 2, 3))
-    why = [tag("h3", "Reasons and doubts"), listed(reasons)] if reasons else []
+    said = [
+        f"{name} at batch {' and '.join(batches)}: {reason}."
+        for (name, reason), batches in reasons.items()
+    ]
+    why = [tag("h3", "Reasons and doubts"), listed(said)] if said else []
     return section("latency", title, shown, tag("p", conditions, class_="note"), *why)
 
 

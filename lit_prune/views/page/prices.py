@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.decoder import KINDS
-from lit_prune.views.page.chart import Chart, figure, height_axis, legend, width_axis
+from lit_prune.views.page.chart import Chart, figure, height_axis, width_axis
 from lit_prune.views.page.elements import listed, section, table, tag
 from lit_prune.views.page.figures import short
 from lit_prune.views.page.outline import NAMES
@@ -89,7 +89,8 @@ def _dots(
     entries = [(_SHAPES[kind], _WORDS[kind]) for kind in used]
     if ringed:
         entries.append(("ring", "removed whole"))
-    return tag("div", legend(entries), figure(picture, f"{title}. Low: hardly missed."))
+    words = f"{title[0].upper()}{title[1:]}. Low: hardly missed."
+    return figure(picture, words, entries)
 
 
 def _curves(found: Any, kind: SubBlockKind, unit: str, outline: Outline) -> Element | None:  # noqa: ANN401 - JSON
@@ -126,15 +127,9 @@ def _curves(found: Any, kind: SubBlockKind, unit: str, outline: Outline) -> Elem
         "share removed", unit, x_name=lambda v: f"{v:.0%}", x_ticks=[0, 0.25, 0.5, 0.75, 1]
     )
     entries = [("curve", "one layer"), ("stop", "where the search stopped")]
-    return tag(
-        "div",
-        legend(entries),
-        figure(
-            picture,
-            f"{title}: what losing a growing share of it is predicted to cost; numbers at the "
-            "right are layers.",
-        ),
-    )
+    words = f"{title}: what losing a growing share of it is predicted to cost"
+    numbered = "; numbers at the right are layers." if labels else "."
+    return figure(picture, words + numbered, entries)
 
 
 def _numbers_table(

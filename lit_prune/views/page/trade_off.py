@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_prune.config import RESOURCES
-from lit_prune.views.page.chart import Chart, figure, height_axis, legend, width_axis
+from lit_prune.views.page.chart import Chart, figure, height_axis, width_axis
 from lit_prune.views.page.elements import section, table
 from lit_prune.views.page.figures import percent, short
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from lit_prune.sweep import SweepPoint
 
 
-def trade_off_of(points: Sequence[SweepPoint], dense_nll: float | None) -> Element | None:
+def trade_off_of(points: Sequence[SweepPoint]) -> Element | None:
     """Return curve and table of a sweep; None where there was none.
 
     Args:
-        points: What `lit_prune.sweep` returned.
-        dense_nll: NLL of the dense model on the choose side; where it is there, the excess over it
-            is shown.
+        points: What `lit_prune.sweep` returned. Where one of them removes nothing and was
+            measured, the excess over it is shown.
     """
     if not points:
         return None
-    what = "excess loss" if dense_nll is not None else "loss"
-    base = dense_nll or 0.0
+    dense = [p.mean_nll for p in points if p.achieved == 0 and p.mean_nll is not None]
+    what = "excess loss" if dense else "loss"
+    base = dense[0] if dense else 0.0
     predicted = [
         (p.achieved, p.predicted_damage)
         for p in points
@@ -54,7 +54,7 @@ def trade_off_of(points: Sequence[SweepPoint], dense_nll: float | None) -> Eleme
         entries = [("dot", "predicted")] * bool(predicted)
         entries += [("triangle", f"measured {what}, on the choose side")] * bool(measured)
         picture = chart.svg(f"{resource} removed", "nats per token", x_name=lambda v: f"{v:.0%}")
-        pictures = [legend(entries), figure(picture, "Further right is smaller, further up worse.")]
+        pictures = [figure(picture, "Further right is smaller, further up worse.", entries)]
     rows = [
         [
             percent(p.requested),
