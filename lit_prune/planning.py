@@ -144,6 +144,7 @@ def make_plan(
     provenance = {
         "config": config.to_dict(),
         "source": method.source,
+        "rule": method.rule,
         "deviations": list(method.deviations),
         "channel_multiple": budget.channel_multiple,
         "achieved_ratio": budget.achieved(decision.counts),

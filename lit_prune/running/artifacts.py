@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from lit_prune.errors import ArtifactError
 from lit_prune.running.loops import is_rehearsal
-from lit_prune.views.html import REPORT_PAGE, write_html
+from lit_prune.views.html import REPORT_PAGE, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -100,7 +100,7 @@ class Artifacts:
             self._write(
                 {
                     "report.json": partial(_save_text, report.to_json()),
-                    REPORT_PAGE: lambda path: write_html(report, plan, path),
+                    REPORT_PAGE: lambda path: _save_text(page_of(report, plan), path),
                 }
             )
 

@@ -28,9 +28,10 @@ _APART = 10.0  # between two labels, in the units of the picture
 
 def prices(report: PruningReport, plan: PruningPlan, outline: Outline) -> Element:
     """Return why these parts and not others, as far as plan and report hold it."""
-    source = plan.provenance.get("source")
-    intro = f"The preset `{report.preset}` decided"
-    intro += f" ({source})." if isinstance(source, str) else "."
+    source, rule = (plan.provenance.get(name) for name in ("source", "rule"))
+    intro = f"The preset `{report.preset}`"
+    intro += f" ({source})" if isinstance(source, str) else ""
+    intro += f" decided: {rule}." if isinstance(rule, str) else " decided."
     children: list[Child] = [tag("div", listed([intro], class_="plain"))]
     found = plan.provenance.get("prices") or {}
     whole = {kind: _numbers(found, "whole", kind, outline) for kind in _SHAPES}
@@ -38,7 +39,7 @@ def prices(report: PruningReport, plan: PruningPlan, outline: Outline) -> Elemen
         children += _charts(found, whole, outline)
     else:
         children.append(
-            tag("p", "This preset scores units one by one and puts no price on whole parts.")
+            tag("p", "It puts no price on whole parts that could be shown here.")
             if not _steps(report) and not _influence(report, outline)
             else None
         )
