@@ -22,12 +22,15 @@ from lit_prune.saving.weights import BUFFERS, write_tensors
 from lit_prune.views.html import REPORT_PAGE, write_html
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lit_prune.calibration import Calibration
     from lit_prune.plan import PruningPlan
     from lit_prune.report import PruningReport
     from lit_prune.surgery import Compensation
+    from lit_prune.sweep import SweepPoint
 
 _log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5_000_000_000
@@ -44,6 +47,7 @@ def save_pruned(
     report: PruningReport | None = None,
     calibration: Calibration | None = None,
     compensation: Compensation | None = None,
+    sweep: Sequence[SweepPoint] = (),
     overwrite: bool = False,
     verify: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -84,6 +88,7 @@ def save_pruned(
         report: Before and after; by default what travels on the model.
         calibration: Statistics and token ids, only where they shall be published too.
         compensation: Constants that stood in for what was cut.
+        sweep: What `lit_prune.sweep` returned, where the trade-off shall be on ``report.html``.
         overwrite: Replace what an earlier `save_pruned` wrote there. Nothing else is ever deleted.
         verify: Load the directory in a fresh process and compare before it takes its place.
         max_shard_bytes: Split larger weights into files of at most this size (not ``gguf``).
@@ -153,7 +158,7 @@ def save_pruned(
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         if plan is not None and report is not None:
-            write_html(report, plan, folder / REPORT_PAGE, name=name, load=ways)
+            write_html(report, plan, folder / REPORT_PAGE, name=name, sweep=sweep, load=ways)
         manifest = Manifest.of(
             folder, architecture=architecture, verified=False, verification=_UNVERIFIED
         )

@@ -86,7 +86,7 @@ def page_of(
     sections = (
         answers(report, outline, times),
         before_and_after(report),
-        cut_map(outline),
+        cut_map(outline, dry_run=report.dry_run),
         prices(report, plan, outline),
         trade_off_of(sweep),
         latency(times),

@@ -7,6 +7,7 @@ import pytest
 from lit_prune.errors import ArtifactError, PlanMismatchError
 from lit_prune.saving import save_pruned
 from lit_prune.saving.page import html_of_directory
+from lit_prune.sweep import SweepPoint
 from tests.saving.cases import pruned
 
 
@@ -31,6 +32,14 @@ def test_the_directory_alone_makes_the_same_page(saved, tmp_path):
     page = html_of_directory(tmp_path)
     assert "No model lies beside this page" in page
     assert "49.9 % of the decoder parameters" in page
+
+
+def test_a_sweep_goes_on_the_page(tmp_path):
+    points = (SweepPoint(0.1, 0.1, predicted_damage=0.5),)
+    path = save_pruned(pruned(), tmp_path / "swept", sweep=points, verify=False)
+    page = (path / "report.html").read_text(encoding="utf-8")
+    assert "The trade-off" in page
+    assert page == html_of_directory(path, sweep=points)
 
 
 def test_a_model_without_a_plan_has_no_page(tmp_path):

@@ -166,8 +166,8 @@ def test_latency_is_stated_with_its_spread_conditions_and_reasons():
     plan, reason = made_plan(), {"prefill": "it is short of work"}
     report = made_report(plan, latency=[timed(1, reason), timed(8, reason, **FASTER)])
     words = Page(page_of(report, plan)).words
-    assert "prefill, whole prompt, batch 1 1,000 ± 10 ms 1,000 ± 10 ms 1.00× ± 2 % no meas" in words
-    assert "decode, each token, batch 8 100 ± 1 ms 50.00 ± 1.00 ms 2.00× ± 4 % faster" in words
+    assert "prefill, batch 1 1,000 ± 10 ms 1,000 ± 10 ms 1.00× ± 2 % no meas" in words
+    assert "decode, batch 8 100 ± 1 ms 50.00 ± 1.00 ms 2.00× ± 4 % faster" in words
     assert "On cpu (1 threads), float32; prompts of 64 tokens, 8 new ones, greedy" in words
     assert "median of 7 runs after 2 thrown away" in words
     assert "prefill at batch 1 and 8: it is short of work." in words

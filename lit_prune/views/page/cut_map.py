@@ -19,7 +19,7 @@ _COLUMNS = 48  # of the strip of MLP channels
 _MANY_LAYERS = 40
 
 
-def cut_map(outline: Outline) -> Element:
+def cut_map(outline: Outline, *, dry_run: bool) -> Element:
     """Return the map as a table, so that it can be read aloud: one row for each layer."""
     gone = set(outline.whole_layers())
     rows: list[list[Child]] = []
@@ -48,7 +48,8 @@ def cut_map(outline: Outline) -> Element:
         )
     many = " many" if outline.num_layers > _MANY_LAYERS else ""
     shown = table("What each layer keeps", ["Layer", "Attention", "MLP"], rows, class_=f"map{many}")
-    return section("map", "What was cut, layer by layer", *notes, shown)
+    title = f"What {'would be' if dry_run else 'was'} cut, layer by layer"
+    return section("map", title, *notes, shown)
 
 
 def _cell(part: Part, kind: SubBlockKind, *, exact: bool) -> Element:

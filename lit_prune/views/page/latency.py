@@ -17,7 +17,7 @@ _SECONDS = {
     "prefill": ("prefill_seconds", "prefill_spread"),
     "decode": ("decode_seconds_per_token", "decode_spread"),
 }
-_NAMES = {"prefill": "prefill, whole prompt", "decode": "decode, each token"}
+_NAMES = {"prefill": "prefill", "decode": "decode"}
 
 
 def latency(times: list[Timed]) -> Element:
@@ -51,7 +51,12 @@ def latency(times: list[Timed]) -> Element:
         "only where it lies outside the spread of both measurements together."
     )
     header = ["Phase", "Before", "After", "Speed-up", "Verdict"]
-    shown = table("Time before and after", header, rows, numbers=(1, 2, 3))
+    shown = table(
+        "Time of a prefill (the whole prompt) and of a decoding step (one token each)",
+        header,
+        rows,
+        numbers=(1, 2, 3),
+    )
     said = [
         f"{name} at batch {' and '.join(batches)}: {reason}."
         for (name, reason), batches in reasons.items()

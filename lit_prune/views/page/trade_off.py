@@ -65,6 +65,6 @@ def trade_off_of(points: Sequence[SweepPoint]) -> Element | None:
         ]
         for p in points
     ]
-    header = ["Asked", "Removed", "Predicted (nats)", f"Measured {what} (nats)", ""]
+    header = ["Asked", "Removed", "Predicted (nats)", f"Measured {what} (nats)", "Note"]
     shown = table(f"Budgets: share of the {resource}", header, rows, numbers=(1, 2, 3))
     return section("trade-off", "The trade-off", *pictures, shown)
