@@ -15,6 +15,7 @@ from lit_prune.metrics import (
     PerplexityResult,
     compare,
     footprint_of,
+    gain_words,
     gains,
     measure_latency,
     perplexity_of,
@@ -216,6 +217,6 @@ def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]
         for entry, latency, gain in zip(whole["latency"], after.latencies, found, strict=True):
             entry["after"] = asdict(latency)
             entry["reasons"] = {"prefill": gain.prefill_reason, "decode": gain.decode_reason}
-            words += gain.words
+        words += gain_words(found)
     whole["peak_memory_method"] = before.footprint.peak_method
     return {**whole, "words": words}

@@ -1,7 +1,7 @@
 """What people read: perplexity, latency, footprint."""
 
 from lit_prune.metrics.footprint import Footprint, FootprintResult, footprint_of
-from lit_prune.metrics.gain import Gain, gains
+from lit_prune.metrics.gain import Gain, gain_words, gains
 from lit_prune.metrics.latency import Latency, LatencyResult, device_words, measure_latency
 from lit_prune.metrics.peak import PeakMemory, measure_peak
 from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexity_of
@@ -23,6 +23,7 @@ __all__ = [
     "compare",
     "device_words",
     "footprint_of",
+    "gain_words",
     "gains",
     "measure_latency",
     "measure_peak",

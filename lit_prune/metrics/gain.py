@@ -34,17 +34,39 @@ class Gain:
     prefill_reason: str = ""
     decode_reason: str = ""
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """One line for each phase, each with its reason behind it."""
-        batch = self.comparison.batch_size
-        pairs = (
-            (self.comparison.prefill.words, self.prefill_reason),
-            (self.comparison.decode.words, self.decode_reason),
-        )
-        return tuple(
-            f"batch {batch}, {words}" + (f". {reason}" if reason else "") for words, reason in pairs
-        )
+
+def gain_words(found: Sequence[Gain]) -> list[str]:
+    """Return a line for each batch size and phase, then each reason once.
+
+    Example:
+        >>> from lit_prune.metrics import LatencyComparison, Speedup
+        >>> prefill = Speedup(phase="prefill", ratio=1.5, spread=0.1)
+        >>> decode = Speedup(phase="decode", ratio=1.0, spread=0.1)
+        >>> same = [
+        ...     Gain(
+        ...         comparison=LatencyComparison(prefill=prefill, decode=decode, batch_size=size),
+        ...         decode_reason="It is odd",
+        ...     )
+        ...     for size in (1, 8)
+        ... ]
+        >>> gain_words(same)[-1]
+        'decode at batch 1 and 8: It is odd'
+    """
+    lines, reasons = [], dict[tuple[str, str], list[str]]()
+    for gain in found:
+        comparison = gain.comparison
+        for phase, reason in (
+            (comparison.prefill, gain.prefill_reason),
+            (comparison.decode, gain.decode_reason),
+        ):
+            lines.append(f"batch {comparison.batch_size}, {phase.words}")
+            if reason:
+                reasons.setdefault((phase.phase, reason), []).append(str(comparison.batch_size))
+    lines += [
+        f"{phase} at batch {' and '.join(batches)}: {reason}"
+        for (phase, reason), batches in reasons.items()
+    ]
+    return lines
 
 
 def gains(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lit_prune.errors import ConfigError
-from lit_prune.metrics import FootprintResult, LatencyResult, footprint_of, gains
+from lit_prune.metrics import FootprintResult, LatencyResult, footprint_of, gain_words, gains
 from tests.models import tiny_model
 
 DENSE = FootprintResult(
@@ -50,7 +50,7 @@ def test_a_plain_gain_needs_no_reason():
     found = gain(prefill_seconds=0.75, decode_seconds_per_token=0.085)
     assert found.comparison.claim
     assert (found.prefill_reason, found.decode_reason) == ("", "")
-    assert found.words[0] == "batch 1, prefill: faster: 1.33x, outside the spread of ±2.7 %"
+    assert gain_words([found])[0] == "batch 1, prefill: faster: 1.33x, outside the spread of ±2.7 %"
 
 
 def test_bytes_that_stay_are_named_with_the_most_that_they_leave_to_gain():
@@ -74,7 +74,7 @@ def test_a_spread_wider_than_all_there_is_to_gain_is_said_and_nothing_else():
 
 def test_slower_outside_the_spread_has_a_reason_too():
     found = gain(decode_seconds_per_token=0.2)
-    assert "decode: slower: 0.50x" in found.words[1]
+    assert "decode: slower: 0.50x" in gain_words([found])[1]
     assert "the time did not follow" in found.decode_reason
 
 
