@@ -291,9 +291,9 @@ class EntropyPruningCallback(Callback):
             self._model, self._seen = model, None
             running.forget_averages(trainer)
         if stage.folder:
-            files.report(self.report_)
+            files.report(self.report_, self.plan_)
             self._artifacts.whole_plan(self.plan_)
-        self._artifacts.report(self.report_)
+        self._artifacts.report(self.report_, self.plan_)
         running.tell(trainer, done.planned, self.report_)
         return not dry
 

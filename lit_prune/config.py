@@ -138,7 +138,9 @@ class PruningConfig:
             by real losses, at most.
         latency_prompt_tokens: Prompt of the latency measurement; 0 skips it.
         latency_new_tokens: Tokens decoded in it.
-        latency_batch_size: Prompts decoded at once.
+        latency_batch_size: Prompts decoded at once; what ``budget`` ``latency`` is of.
+        latency_further_batch_sizes: Batch sizes that are measured besides, so that the report shows
+            where a gain begins.
 
     Raises:
         ConfigError: If a value cannot be meant.
@@ -190,11 +192,12 @@ class PruningConfig:
     latency_prompt_tokens: int = 128
     latency_new_tokens: int = 16
     latency_batch_size: int = 1
+    latency_further_batch_sizes: tuple[int, ...] = (8,)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         _check_ratio(self.pruning_ratio)
-        for name in ("granularities", "protected_layers"):
+        for name in ("granularities", "protected_layers", "latency_further_batch_sizes"):
             value = getattr(self, name)
             if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
                 raise ConfigError(f"{name} must be a list, got {value!r}.")
@@ -212,21 +215,18 @@ class PruningConfig:
             )
         if not self.granularities:
             raise ConfigError("granularities is empty: nothing could be removed.")
-        for name in self.__dataclass_fields__:
-            if self.__dataclass_fields__[name].type in ("int", "int | None"):
+        for name, member in self.__dataclass_fields__.items():
+            if member.type in ("int", "int | None"):
                 self._check_integer(name)
-        if any(not _is_integer(layer) for layer in self.protected_layers):
-            raise ConfigError(
-                f"protected_layers must be layer indices, got {list(self.protected_layers)}."
-            )
-        for name in (
-            "entropy_floor",
-            "ratio_temperature",
-            "ratio_strength",
-            "search_tolerance",
-            "damping",
+            elif member.type == "float" and name != "pruning_ratio":
+                self._check_number(name)
+        for name, what, least in (
+            ("protected_layers", "layer indices", None),
+            ("latency_further_batch_sizes", "numbers of sequences, at least 1", 1),
         ):
-            self._check_number(name)
+            for value in getattr(self, name):
+                if not _is_integer(value) or (least is not None and value < least):
+                    raise ConfigError(f"{name} must be {what}, got {list(getattr(self, name))}.")
         if self.clustering == "mean_threshold" and self.num_clusters is not None:
             raise ConfigError(
                 f"num_clusters {self.num_clusters} has no meaning under clustering "

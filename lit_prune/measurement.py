@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,16 @@ from lit_prune.metrics import (
     Quality,
     compare,
     footprint_of,
+    gain_words,
+    gains,
     measure_latency,
     quality_of,
 )
-from lit_prune.report import ReportRow
+from lit_prune.report import INSIDE_SPREAD, ReportRow
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import RowSet
@@ -38,12 +42,17 @@ class Measurement:
         footprint: Parameters, FLOPs, cache and weight bytes, peak memory.
         quality: On the score side: perplexity, or of a classifier accuracy and cross-entropy; None
             where a classifier's text has no labels.
-        latency: Prefill and decode; None where it was switched off.
+        latencies: Prefill and decode at each batch size; none where they were switched off.
     """
 
     footprint: FootprintResult
     quality: Quality | None
-    latency: LatencyResult | None
+    latencies: tuple[LatencyResult, ...]
+
+    @property
+    def latency(self) -> LatencyResult | None:
+        """At the batch size of the request."""
+        return self.latencies[0] if self.latencies else None
 
 
 def measure(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Measurement:
@@ -57,30 +66,37 @@ def measure(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Meas
         config: Batch sizes of replay and latency.
     """
     with quiet(model):
-        quality = None
-        if task_of(model) == "next_token" or rows.num_scored("score"):
+        quality, decodes = None, task_of(model) == "next_token"
+        if decodes or rows.num_scored("score"):
             quality = quality_of(model, rows.batches("score", config.replay_batch_tokens))
-        prompts = _prompts(model, rows, config)
-        latency = None
-        if config.latency_prompt_tokens:
-            new_tokens = config.latency_new_tokens if task_of(model) == "next_token" else 0
-            latency = measure_latency(model, prompts, new_tokens=new_tokens)
-        footprint = footprint_of(model, context_length=prompts.shape[1], peak_ids=prompts)
-    return Measurement(footprint, quality, latency)
+        tokens = config.prompt_tokens(getattr(model.config, "max_position_embeddings", None))
+        new_tokens = config.latency_new_tokens if decodes else 0
+        latencies = tuple(
+            measure_latency(model, _prompts(rows, size, tokens), new_tokens=new_tokens)
+            for size in _batch_sizes(config)
+        )
+        prompts = _prompts(rows, config.latency_batch_size, tokens)
+        footprint = footprint_of(model, context_length=tokens, peak_ids=prompts)
+    return Measurement(footprint, quality, latencies)
 
 
-def _prompts(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> Tensor:
-    """Return ``[latency_batch_size, prompt]`` ids from the score side, repeated if too short."""
-    tokens = config.prompt_tokens(getattr(model.config, "max_position_embeddings", None))
+def _batch_sizes(config: PruningConfig) -> list[int]:
+    """Return the batch size of the request, and what is measured besides; each once."""
+    if not config.latency_prompt_tokens:
+        return []
+    return [*dict.fromkeys((config.latency_batch_size, *config.latency_further_batch_sizes))]
+
+
+def _prompts(rows: RowSet, batch_size: int, tokens: int) -> Tensor:
+    """Return ``[batch_size, tokens]`` ids from the score side, repeated if too short."""
     stream = torch.cat([row.ids for row in rows.side("score")])
-    wanted = tokens * config.latency_batch_size
-    return stream.repeat(-(-wanted // len(stream)))[:wanted].reshape(
-        config.latency_batch_size, tokens
-    )
+    wanted = tokens * batch_size
+    return stream.repeat(-(-wanted // len(stream)))[:wanted].reshape(batch_size, tokens)
 
 
 # Key (an attribute of the result, and the row's name), label, unit.
-_FOOTPRINT: tuple[tuple[str, str, Unit], ...] = (
+_Table = tuple[tuple[str, str, "Unit"], ...]
+_FOOTPRINT: _Table = (
     ("decoder_parameters", "parameters in decoder layers", "count"),
     ("total_parameters", "parameters in all", "count"),
     ("flops_per_token", "FLOPs per token, decoder", "count"),
@@ -89,15 +105,15 @@ _FOOTPRINT: tuple[tuple[str, str, Unit], ...] = (
     ("weight_bytes", "bytes of weights", "bytes"),
     ("peak_forward_bytes", "peak memory of a forward", "bytes"),
 )
-_PERPLEXITY: tuple[tuple[str, str, Unit], ...] = (
+_PERPLEXITY: _Table = (
     ("perplexity", "validation perplexity", "perplexity"),
     ("mean_nll", "mean NLL per token (nats)", "nats"),
 )
-_CLASSIFICATION: tuple[tuple[str, str, Unit], ...] = (
+_CLASSIFICATION: _Table = (
     ("accuracy", "validation accuracy", "accuracy"),
     ("mean_nll", "cross-entropy per label (nats)", "nats"),
 )
-_LATENCY: tuple[tuple[str, str, Unit], ...] = (
+_LATENCY: _Table = (
     ("prefill_seconds", "prefill", "seconds"),
     ("decode_seconds_per_token", "decode, per token", "seconds"),
     ("prefill_tokens_per_second", "prefill", "tokens_per_second"),
@@ -107,39 +123,53 @@ _LATENCY: tuple[tuple[str, str, Unit], ...] = (
 
 def report_rows(before: Measurement, after: Measurement | None) -> tuple[ReportRow, ...]:
     """Lay the two measurements side by side; ``after`` is None in a dry run."""
-    notes = {"flops_per_token": f"context {before.footprint.context_length}"}
-    if before.latency and after and after.latency:
-        spread = compare(before.latency, after.latency)
-        for speedup in spread.phases:
-            if not speedup.measurable:
-                keys = (key for key, _, _ in _LATENCY if key.startswith(speedup.phase))
-                notes.update(dict.fromkeys(keys, "inside the spread"))
+    context = {"flops_per_token": f"context {before.footprint.context_length}"}
+    rows = _rows(_FOOTPRINT, before.footprint, after and after.footprint, context)
     classifies = isinstance(before.quality, ClassificationResult)
-    latency = _LATENCY
-    if before.latency and not before.latency.new_tokens:
-        latency = tuple(row for row in _LATENCY if row[0].startswith("prefill"))
-    tables = (
-        (_FOOTPRINT, before.footprint, after and after.footprint),
-        (
-            _CLASSIFICATION if classifies else _PERPLEXITY,
-            before.quality,
-            after and after.quality,
-        ),
-        (latency, before.latency, after and after.latency),
-    )
-    return tuple(
+    quality = _CLASSIFICATION if classifies else _PERPLEXITY
+    rows += _rows(quality, before.quality, after and after.quality)
+    for number, one in enumerate(before.latencies):
+        other: LatencyResult | None = None
+        notes: dict[str, str] = {}
+        if after is not None:
+            other = after.latencies[number]
+            comparison = compare(one, other)
+            for phase in comparison.phases:
+                if not phase.measurable:
+                    keys = (key for key, _, _ in _LATENCY if key.startswith(phase.phase))
+                    notes |= dict.fromkeys(keys, INSIDE_SPREAD)
+        measured = [row for row in _LATENCY if one.new_tokens or row[0].startswith("prefill")]
+        if not number:
+            rows += _rows(measured, one, other, notes)
+        else:  # of a further batch size the throughput
+            rows += [
+                replace(
+                    row,
+                    key=f"{row.key}_batch_{one.batch_size}",
+                    label=f"{row.label}, batch {one.batch_size}",
+                )
+                for row in _rows(measured[len(measured) // 2 :], one, other, notes)
+            ]
+    return tuple(rows)
+
+
+def _rows(
+    table: Sequence[tuple[str, str, Unit]],
+    before: object | None,
+    after: object | None,
+    notes: Mapping[str, str] | None = None,
+) -> list[ReportRow]:
+    return [
         ReportRow(
             key=key,
             label=label,
             unit=unit,
-            before=getattr(one, key),
-            after=getattr(other, key) if other else None,
-            note=notes.get(key, ""),
+            before=getattr(before, key),
+            after=None if after is None else getattr(after, key),
+            note=(notes or {}).get(key, ""),
         )
-        for table, one, other in tables
-        if one is not None
         for key, label, unit in table
-    )
+    ]
 
 
 def predicted_rows(
@@ -178,19 +208,23 @@ def predicted_rows(
 def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]:
     """Say how the numbers were measured, as data and in words."""
     words, whole = _quality_conditions(before.quality)
-    if before.latency is not None:
-        one = before.latency
+    if before.latencies:
+        one = before.latencies[0]
+        sizes = ", ".join(str(latency.batch_size) for latency in before.latencies)
         work = f"{one.prompt_tokens} prompt + {one.new_tokens} new tokens"
         if not one.new_tokens:
             work = f"one forward over {one.prompt_tokens} tokens (a classifier decodes nothing)"
         words.append(
-            f"latency: {one.device}, {one.dtype}, batch {one.batch_size}, {work}, median of "
-            f"{one.repetitions} after {one.warmup} warm-up runs"
+            f"latency: {one.device}, {one.dtype}, batch {sizes}, {work}, median of "
+            f"{one.repetitions} after {one.warmup} warm-up runs; spreads are interquartile ranges"
         )
-        whole["latency_before"] = asdict(one)
-        if after is not None and after.latency is not None:
-            whole["latency_after"] = asdict(after.latency)
-            words += compare(one, after.latency).words.splitlines()
+        whole["latency"] = [{"before": asdict(latency)} for latency in before.latencies]
+    if before.latencies and after is not None:
+        found = gains(before.latencies, after.latencies, before.footprint, after.footprint)
+        for entry, latency, gain in zip(whole["latency"], after.latencies, found, strict=True):
+            entry["after"] = asdict(latency)
+            entry["reasons"] = {"prefill": gain.prefill_reason, "decode": gain.decode_reason}
+        words += gain_words(found)
     whole["peak_memory_method"] = before.footprint.peak_method
     return {**whole, "words": words}
 

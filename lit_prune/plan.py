@@ -181,7 +181,8 @@ class PruningPlan:
             first: What was applied before; this plan was made for the model that it has left.
 
         Returns:
-            What both keep, in indices of the model that ``first`` was made for, without provenance.
+            What both keep, in indices of the model that ``first`` was made for; of the provenance
+            only the sizes of that model.
 
         Raises:
             PlanMismatchError: If this plan keeps what ``first`` has cut.
@@ -206,7 +207,8 @@ class PruningPlan:
                 tuple(had.kv_groups[unit] for unit in mine.kv_groups),
                 tuple(had.channels[unit] for unit in mine.channels),
             )
-        return PruningPlan(first.model_fingerprint, tuple(layers.values()))
+        sizes = {k: v for k, v in first.provenance.items() if k == "sizes"}
+        return PruningPlan(first.model_fingerprint, tuple(layers.values()), provenance=sizes)
 
     def validate(self, spec: DecoderSpec) -> None:
         """Refuse a plan that does not fit ``spec``.

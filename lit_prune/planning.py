@@ -16,7 +16,15 @@ from lit_prune.decoder import SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError
 from lit_prune.latency_table import refuse_other_workload, table_words
 from lit_prune.measuring import needed_bypasses
-from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
+from lit_prune.methods import (
+    Case,
+    Scores,
+    entropy_scores,
+    plan_of,
+    preset,
+    prices_of,
+    sizes_of,
+)
 from lit_prune.metrics import quality_of
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery import (
@@ -132,9 +140,11 @@ def make_plan(
     decision = method.decide(Case(model=model, calibration=calibration, budget=budget, judge=judge))
     plan = plan_of(spec, decision.kept)
     compensation = compensation_of(plan)
+    scores = entropy_scores(spec, calibration, config)
     provenance = {
         "config": config.to_dict(),
         "source": method.source,
+        "rule": method.rule,
         "deviations": list(method.deviations),
         "channel_multiple": budget.channel_multiple,
         "achieved_ratio": budget.achieved(decision.counts),
@@ -146,11 +156,12 @@ def make_plan(
             "notes": [*budget.notes, *cost.notes, *table],
         },
         "method": decision.trace,
+        "sizes": sizes_of(spec),
+        "prices": prices_of(spec, decision, scores, config),
         "compensation": describe(compensation),
         "calibration": calibration.describe(),
         "versions": versions(),
     }
-    scores = entropy_scores(spec, calibration, config)
     plan = replace(plan, provenance=provenance)
     return Planned(plan, compensation, scores, budget, decision.damage)
 

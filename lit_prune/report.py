@@ -11,6 +11,12 @@ from lit_prune.config import RESOURCES, Resource
 from lit_prune.errors import ArtifactError
 
 Unit = Literal["count", "bytes", "seconds", "tokens_per_second", "nats", "perplexity", "accuracy"]
+Verdict = Literal["better", "worse", "same", "unknown"]
+# What is noted on a time that noise explains.
+INSIDE_SPREAD = "inside the spread"
+_SAME = 0.005
+# Of these more is better.
+_MORE: tuple[Unit, ...] = ("tokens_per_second", "accuracy")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +45,20 @@ class ReportRow:
         if self.before is None or self.after is None or not self.before:
             return None
         return self.after / self.before
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether ``after`` is better than ``before``; ``same`` where no difference may be claimed.
+
+        Example:
+            >>> ReportRow(key="x", label="x", unit="bytes", before=4, after=3).verdict
+            'better'
+        """
+        if self.ratio is None or not math.isfinite(self.ratio):
+            return "unknown"
+        if abs(self.ratio - 1) < _SAME or INSIDE_SPREAD in self.note:
+            return "same"
+        return "better" if (self.ratio > 1) == (self.unit in _MORE) else "worse"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

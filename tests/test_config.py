@@ -54,6 +54,8 @@ BAD = [
     ({"protected_layers": 3}, "protected_layers must be a list, got 3"),
     ({"protected_layers": (1.0,)}, "protected_layers must be layer indices"),
     ({"protected_layers": (True,)}, "protected_layers must be layer indices"),
+    ({"latency_further_batch_sizes": (8, 0)}, "latency_further_batch_sizes must be numbers of"),
+    ({"latency_further_batch_sizes": 8}, "latency_further_batch_sizes must be a list, got 8"),
     ({"channel_multiple": 0}, "channel_multiple must be an integer of at least 1, got 0"),
     ({"channel_multiple": 8.0}, "channel_multiple must be an integer"),
     ({"min_kv_groups": 0}, "min_kv_groups must be an integer of at least 1"),

@@ -168,6 +168,8 @@ def test_a_first_layer_that_holds_a_constant_stays_in_the_stack():
     assert first.stack(2) == (0, 2)
     second = PruningPlan("def", (LayerPlan(0, (), ()), LayerPlan(1, (1,), (1,))))
     assert second.after(first).layers == (*layers[:2], LayerPlan(2, (1,), (5,)))
+    sized = PruningPlan("abc", layers, provenance={"sizes": {"mlp": [9, 9, 9]}, "seed": 1})
+    assert second.after(sized).provenance == {"sizes": {"mlp": [9, 9, 9]}}
 
 
 @pytest.mark.parametrize(

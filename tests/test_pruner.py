@@ -310,11 +310,23 @@ def test_f29_half_precision_models_prune_and_train(dtype):
 
 def test_latency_and_peak_memory_are_measured_where_asked():
     model = tiny_model()
-    result = run(model, latency_prompt_tokens=16, latency_new_tokens=3, latency_batch_size=2)
+    result = run(
+        model,
+        latency_prompt_tokens=16,
+        latency_new_tokens=3,
+        latency_batch_size=2,
+        latency_further_batch_sizes=(2, 3),
+    )
     keys = {row.key for row in result.report.rows}
     assert {"prefill_seconds", "decode_seconds_per_token", "peak_forward_bytes"} <= keys
+    assert "decode_tokens_per_second_batch_3" in keys
+    assert "decode_tokens_per_second_batch_2" not in keys  # the request's own, measured once
     words = " ".join(result.report.notes())
-    assert "batch 2, 16 prompt + 3 new tokens" in words
+    assert "batch 2, 3, 16 prompt + 3 new tokens" in words
+    assert "batch 3, decode: " in words
+    times = result.report.conditions["latency"]
+    assert [entry["after"]["batch_size"] for entry in times] == [2, 3]
+    assert all({"prefill", "decode"} == set(entry["reasons"]) for entry in times)
     assert "prefill_seconds" not in {row.key for row in run(model, 0.1).report.rows}
 
 

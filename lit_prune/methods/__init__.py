@@ -25,6 +25,7 @@ from lit_prune.methods import (
 )
 from lit_prune.methods.decision import Case, Decision, Judge, Kept, Method, plan_of
 from lit_prune.methods.entropy import Scores, entropy_scores
+from lit_prune.methods.evidence import prices_of, sizes_of
 
 _METHODS = (
     conditional.METHOD,
@@ -76,4 +77,6 @@ __all__ = [
     "entropy_scores",
     "plan_of",
     "preset",
+    "prices_of",
+    "sizes_of",
 ]

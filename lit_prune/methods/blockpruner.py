@@ -29,6 +29,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="blockpruner",
+    rule="attentions and MLPs leave one by one, each time the one without which the loss is least",
     source="Zhong et al., BlockPruner, arXiv 2406.10594",
     decide=decide,
     granularities=("sub_block",),

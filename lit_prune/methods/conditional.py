@@ -242,6 +242,8 @@ def _search(case: Case, levels: list[list[Level]]) -> tuple[dict[str, Any] | Non
 
 METHOD = Method(
     name="conditional",
+    rule="what leaves is predicted to change the output least for the size that it frees, "
+    "in all layers together",
     source="lit_prune: conditional entropy, least squares, sensitivity-weighed joint allocation",
     decide=decide,
     needs=needs,

@@ -150,6 +150,7 @@ class Method:
 
     Attributes:
         name: Preset.
+        rule: What it goes by, a clause for people.
         source: Authors, title, venue.
         decide: From a case to kept units.
         needs: Statistics that the method reads beside the unit moments.
@@ -163,6 +164,7 @@ class Method:
     """
 
     name: str
+    rule: str
     source: str
     decide: Callable[[Case], Decision]
     needs: Callable[[PruningConfig], Needs] = lambda _config: Needs()

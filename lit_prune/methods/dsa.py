@@ -104,6 +104,7 @@ def _metrics(case: Case) -> Iterator[Tensor]:
 
 METHOD = Method(
     name="dsa",
+    rule="layer ratios follow an expression that a search discovered",
     source="Li et al., Discovering Sparsity Allocation (DSA), NeurIPS 2024, on Wanda-sp units",
     decide=decide,
     needs=lambda _config: Needs(residuals=True),

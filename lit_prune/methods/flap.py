@@ -43,6 +43,8 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
 
 METHOD = Method(
     name="flap",
+    rule="units that fluctuate least, times their weights, leave first, by one threshold "
+    "for all layers",
     source="An et al., Fluctuation-based Adaptive Structured Pruning for LLMs (FLAP), AAAI 2024",
     decide=by_score(score),
     granularities=UNITS,

@@ -32,6 +32,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="layerdrop",
+    rule="every n-th block leaves, evenly spaced, whatever the text says",
     source="Fan et al., Reducing Transformer Depth on Demand (LayerDrop), ICLR 2020",
     decide=decide,
     granularities=("block",),

@@ -56,6 +56,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="llm_pruner",
+    rule="units of least Taylor importance leave first: weight times gradient",
     source="Ma et al., LLM-Pruner, NeurIPS 2023 (element-wise Taylor, first order), no recovery",
     decide=decide,
     needs=lambda _config: Needs(taylor=True),

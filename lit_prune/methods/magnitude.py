@@ -33,6 +33,7 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
 
 METHOD = Method(
     name="magnitude",
+    rule="units of least weight norm leave first, the same fraction in every layer",
     source="Han et al., Learning both Weights and Connections, NeurIPS 2015, by groups: the L2 "
     "baseline of LLM-Pruner (Ma et al., NeurIPS 2023)",
     decide=by_score(score),

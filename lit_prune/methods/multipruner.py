@@ -130,6 +130,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="multipruner",
+    rule="by measured loss: first sub-blocks, then channels, then KV groups",
     source="Muñoz et al., MultiPruner, arXiv 2501.09949",
     decide=decide,
     granularities=("sub_block", "kv_group", "channel"),

@@ -70,6 +70,8 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="osscar",
+    rule="the units that stay reproduce the output of their sub-block best, by "
+    "elimination and swaps",
     source="Meng et al., OSSCAR, ICML 2024",
     decide=decide,
     needs=lambda _config: Needs(covariances=True, curves=True),

@@ -65,6 +65,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="owl",
+    rule="units of least weight times activation leave first, fewer in layers with many outliers",
     source="Yin et al., Outlier Weighed Layerwise Sparsity (OWL), ICML 2024, on Wanda-sp units",
     decide=decide,
     needs=lambda _config: Needs(residuals=True),

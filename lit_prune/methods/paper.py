@@ -334,6 +334,8 @@ def _describe(selection: Selection) -> dict[str, Any]:
 
 METHOD = Method(
     name="paper",
+    rule="blocks that the output hardly depends on lose most, and of a layer the units of "
+    "lowest entropy",
     source="Yang et al., Let LLM Tell What to Prune and How Much to Prune, ICML 2025",
     decide=decide,
     needs=needs,

@@ -27,6 +27,7 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
 
 METHOD = Method(
     name="random",
+    rule="a control: what stays is drawn, the same number in every layer",
     source="control",
     decide=by_score(score),
     granularities=UNITS,

@@ -108,6 +108,7 @@ def _weighted(case: Case, place: SubBlock, variances: list[float]) -> Tensor:
 
 METHOD = Method(
     name="saap",
+    rule="units of least fused Taylor importance leave first, more in layers where it is unstable",
     source="Zheng et al., SAAP, arXiv 2412.15127, without its fine-tuning",
     decide=decide,
     needs=lambda _config: Needs(taylor=True),

@@ -30,6 +30,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="shortgpt",
+    rule="whole blocks leave whose output is most like their input",
     source="Men et al., ShortGPT, arXiv 2403.03853",
     decide=decide,
     needs=lambda _config: Needs(residuals=True),

@@ -32,6 +32,7 @@ def decide(case: Case) -> Decision:
 
 METHOD = Method(
     name="sleb",
+    rule="blocks leave one by one, each time the one without which the loss is least",
     source="Song et al., SLEB, ICML 2024",
     decide=decide,
     granularities=("block",),

@@ -127,6 +127,7 @@ def _problem(case: Case, place: SubBlock) -> tuple[Tensor, Tensor]:
 
 METHOD = Method(
     name="slimgpt",
+    rule="units leave in batches by the error that they would leave behind, more in deep layers",
     source="Ling et al., SlimGPT, NeurIPS 2024, without fine-tuning",
     decide=decide,
     needs=lambda _config: Needs(covariances=True),

@@ -82,6 +82,8 @@ def _cut_channels(case: Case, counts: dict[SubBlock, int]) -> dict[SubBlock, int
 
 METHOD = Method(
     name="two_ssp",
+    rule="first channels of least norm, alike in all layers, then whole attentions by "
+    "measured loss",
     source="Sandri et al., 2SSP, arXiv 2501.17771",
     decide=decide,
     granularities=("sub_block", "channel"),

@@ -41,6 +41,7 @@ GRAIL_DEVIATIONS = (
 )
 METHOD = Method(
     name="wanda",
+    rule="units of least weight times activation leave first",
     source="Sun et al., A Simple and Effective Pruning Approach for LLMs (Wanda), ICLR 2024, in "
     "the structured form of An et al. (Wanda-sp)",
     decide=by_score(score),

@@ -2,6 +2,7 @@
 
 from lit_prune.metrics.classification import ClassificationResult, classification_of
 from lit_prune.metrics.footprint import Footprint, FootprintResult, footprint_of
+from lit_prune.metrics.gain import Gain, gain_words, gains
 from lit_prune.metrics.latency import Latency, LatencyResult, device_words, measure_latency
 from lit_prune.metrics.peak import PeakMemory, measure_peak
 from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexity_of
@@ -13,6 +14,7 @@ __all__ = [
     "ClassificationResult",
     "Footprint",
     "FootprintResult",
+    "Gain",
     "Latency",
     "LatencyComparison",
     "LatencyResult",
@@ -26,6 +28,8 @@ __all__ = [
     "compare",
     "device_words",
     "footprint_of",
+    "gain_words",
+    "gains",
     "measure_latency",
     "measure_peak",
     "measure_sub_blocks",

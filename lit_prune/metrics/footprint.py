@@ -49,6 +49,10 @@ class FootprintResult:
             storage.
         peak_forward_bytes: Peak memory of one forward besides the weights, where measured.
         peak_method: How it was counted (`PeakMemory.method`).
+        head_weight_bytes: Bytes of the language-model head (which may be the embeddings, tied).
+        num_layers: Decoder layers.
+        odd_sizes: Sizes of linear weights in them that are no multiple of 64, ascending: tiles of
+            matrix units are left in part empty.
     """
 
     decoder_parameters: int
@@ -61,6 +65,14 @@ class FootprintResult:
     weight_bytes: int
     peak_forward_bytes: int | None = None
     peak_method: str | None = None
+    head_weight_bytes: int = 0
+    num_layers: int = 0
+    odd_sizes: tuple[int, ...] = ()
+
+    @property
+    def step_weight_bytes(self) -> int:
+        """Bytes of weights that a decoding step reads: decoder layers and head, once each."""
+        return self.decoder_weight_bytes + self.head_weight_bytes
 
 
 def footprint_of(
@@ -119,6 +131,9 @@ def footprint_of(
         kv_cache_bytes_per_token=sum(parts.cached_bytes(layer) for _, layer in attention),
         decoder_weight_bytes=sum(p.nbytes for p in parts.layers.parameters()),
         weight_bytes=_storage_bytes(whole_of(model).parameters()),
+        head_weight_bytes=0 if head is None else head.weight.nbytes,
+        num_layers=len(parts.layers),
+        odd_sizes=_odd_sizes(parts.layers),
     )
     if peak_ids is None:
         return result
@@ -135,6 +150,11 @@ def _linear_flops(layers: nn.Module) -> int:
     modules = (module for _, module in layers.named_modules(remove_duplicate=False))
     linears: Any = (module for module in modules if is_projection(module))
     return sum(2 * linear.weight.numel() for linear in linears)
+
+
+def _odd_sizes(layers: nn.Module) -> tuple[int, ...]:
+    linears: Any = (module for module in layers.modules() if is_projection(module))
+    return tuple(sorted({size for linear in linears for size in linear.weight.shape if size % 64}))
 
 
 def _attention_flops(parts: DecoderParts, layer: int, context_length: int) -> int:

@@ -78,22 +78,9 @@ class LatencyComparison:
         )
 
     @property
-    def reason(self) -> str | None:
-        """Why decoding did not get faster at batch 1, where it did not."""
-        if self.decode is None or self.decode.claim or self.batch_size > 1:
-            return None
-        return (
-            "decoding one sequence computes one token at a time: it waits for weights to be read "
-            "and for the fixed cost of each layer, not for arithmetic. Narrower layers save little "
-            "of that on small models or fast devices; fewer layers, larger batches or longer "
-            "prompts show what was saved"
-        )
-
-    @property
     def words(self) -> str:
-        """What may be said about the phases, one line each, with the reason where there is one."""
-        lines = (*(phase.words for phase in self.phases), self.reason)
-        return "\n".join(line for line in lines if line)
+        """What may be said about the phases, one line each."""
+        return "\n".join(phase.words for phase in self.phases)
 
 
 def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:

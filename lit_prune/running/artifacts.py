@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from lit_prune.errors import ArtifactError
 from lit_prune.running.loops import is_rehearsal
+from lit_prune.views.html import REPORT_PAGE, page_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -90,10 +91,18 @@ class Artifacts:
             files["compensation.safetensors"] = planned.compensation.save
         self._write(files)
 
-    def report(self, report: PruningReport) -> None:
-        """Write the report. A failure is a warning: the model is pruned, the report in hand."""
+    def report(self, report: PruningReport, plan: PruningPlan) -> None:
+        """Write the report as JSON and as a page, whole or not at all.
+
+        A failure is a warning: the model is pruned, the report in hand.
+        """
         with _told():
-            self._write({"report.json": partial(_save_text, report.to_json())})
+            self._write(
+                {
+                    "report.json": partial(_save_text, report.to_json()),
+                    REPORT_PAGE: lambda path: _save_text(page_of(report, plan), path),
+                }
+            )
 
     def _write(self, files: Mapping[str, Callable[[Path], None]]) -> None:
         if self.folder is None:

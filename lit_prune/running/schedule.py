@@ -235,7 +235,12 @@ class Stage:
             "stages": [*self.before.get("stages", ()), stage],
         }
         facts = {**plan.provenance, "achieved_ratio": achieved, "schedule": schedule}
-        plan = plan if self.first is None else plan.after(self.first)
+        if (
+            self.first is not None
+        ):  # layers and sizes of this stage are not those of the dense model
+            del facts["sizes"], facts["prices"]
+            plan = plan.after(self.first)
+            facts |= plan.provenance
         plan = replace(plan, provenance=facts)
         words = (
             f"stage {number} of {len(self.schedule.ratios)}: {report.achieved_ratio:.2%} of the "

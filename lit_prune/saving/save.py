@@ -19,14 +19,18 @@ from lit_prune.saving.manifest import Manifest
 from lit_prune.saving.staging import staged
 from lit_prune.saving.verify import verify_saved
 from lit_prune.saving.weights import BUFFERS, write_tensors
+from lit_prune.views.html import REPORT_PAGE, write_html
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lit_prune.calibration import Calibration
     from lit_prune.plan import PruningPlan
     from lit_prune.report import PruningReport
     from lit_prune.surgery import Compensation
+    from lit_prune.sweep import SweepPoint
 
 _log = logging.getLogger(__name__)
 MAX_SHARD_BYTES = 5_000_000_000
@@ -43,6 +47,7 @@ def save_pruned(
     report: PruningReport | None = None,
     calibration: Calibration | None = None,
     compensation: Compensation | None = None,
+    sweep: Sequence[SweepPoint] = (),
     overwrite: bool = False,
     verify: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -50,9 +55,9 @@ def save_pruned(
     """Save a model, pruned or not, as one directory that `load_pruned` reads back bit for bit.
 
     Weights go to safetensors (a tied weight once), beside them config, generation config,
-    tokenizer, plan, report, a model card, and ``MANIFEST.json`` with the hash of every file. The
-    directory appears at once and whole: after a crash, a full disk or Ctrl-C the target is as it
-    was.
+    tokenizer, plan, report (``report.json``, and ``report.html`` to look at), a model card, and
+    ``MANIFEST.json`` with the hash of every file. The directory appears at once and whole: after a
+    crash, a full disk or Ctrl-C the target is as it was.
 
     ========================  ====================================================================
     format                    who loads it
@@ -84,6 +89,7 @@ def save_pruned(
         report: Before and after; by default what travels on the model.
         calibration: Statistics and token ids, only where they shall be published too.
         compensation: Constants that stood in for what was cut.
+        sweep: What `lit_prune.sweep` returned, where the trade-off shall be on ``report.html``.
         overwrite: Replace what an earlier `save_pruned` wrote there. Nothing else is ever deleted.
         verify: Load the directory in a fresh process and compare before it takes its place.
         max_shard_bytes: Split larger weights into files of at most this size (not ``gguf``).
@@ -124,7 +130,9 @@ def save_pruned(
     plan, report = _travelling(model, plan, report)
     _refuse_strangers(plan, report, calibration, compensation)
     prepared, why = prepare(model, format, tokenizer)
-    architecture = {"family": spec.model_type, "why": why, **prepared.describe()}
+    name = directory.resolve().name
+    ways = prepared.ways(name)
+    architecture = {"family": spec.model_type, "why": why, "load": ways, **prepared.describe()}
     buffers = buffers_to_save(model, text_view(prepared.skeleton))
     with staged(directory, overwrite=overwrite, num_bytes=prepared.num_bytes) as folder:
         prepared.write(folder, max_shard_bytes)
@@ -142,7 +150,7 @@ def save_pruned(
         card = model_card(
             model,
             prepared,
-            name=directory.resolve().name,
+            name=name,
             why=why,
             verify=verify,
             rounded=bool(buffers),
@@ -150,6 +158,8 @@ def save_pruned(
             report=report,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if plan is not None and report is not None:
+            write_html(report, plan, folder / REPORT_PAGE, name=name, sweep=sweep, load=ways)
         manifest = Manifest.of(
             folder, architecture=architecture, verified=False, verification=_UNVERIFIED
         )

@@ -12,12 +12,14 @@ from lit_prune.views.canvas import CUT, GREY, KEPT, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lit_prune.report import PruningReport, ReportRow
+    from lit_prune.report import PruningReport, ReportRow, Verdict
 
-_MORE_IS_BETTER = {"tokens_per_second", "accuracy"}
 _LONGEST_BAR = 2.0
-_SAME = 0.005
-_INSIDE = "inside the spread"  # what the report notes on a latency that noise explains
+_STYLE: dict[Verdict, tuple[str, str]] = {
+    "better": (KEPT, ""),
+    "worse": (CUT, "///"),
+    "same": (GREY, ""),
+}
 
 
 def before_after(report: PruningReport) -> Figure:
@@ -38,7 +40,7 @@ def before_after(report: PruningReport) -> Figure:
     for y, row in enumerate(rows):
         if row.ratio is not None and math.isfinite(row.ratio):
             length = min(row.ratio, _LONGEST_BAR)
-            colour, hatch = _colour(row)
+            colour, hatch = _STYLE[row.verdict]
             axes.barh(y, length, 0.6, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
             more = " ▸" if row.ratio > _LONGEST_BAR else ""
             axes.annotate(
@@ -82,11 +84,3 @@ def _words(row: ReportRow) -> str:
     numbers = f"{format_value(row.before, row.unit)} → {format_value(row.after, row.unit)}"
     note = f"\n{textwrap.shorten(row.note, 70, placeholder=' …')}" if row.note else ""
     return f"{row.label}:  {numbers}{note}"
-
-
-def _colour(row: ReportRow) -> tuple[str, str]:
-    change = (row.ratio or 0.0) - 1
-    if abs(change) < _SAME or _INSIDE in row.note:
-        return GREY, ""
-    better = (change > 0) == (row.unit in _MORE_IS_BETTER)
-    return (KEPT, "") if better else (CUT, "///")

@@ -12,11 +12,14 @@ from lit_prune.views.canvas import CUT, UNIT, clean, new_figure, outcomes
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
 
     from lit_prune.decoder import DecoderSpec, SubBlock
     from lit_prune.plan import PruningPlan
+
+_APART = 10.0  # between two numbers, in pixels
 
 
 def damage_curves(
@@ -37,6 +40,7 @@ def damage_curves(
     last = max(len(spec.blocks) - 1, 1)
     for number, kind in enumerate(KINDS):
         axes, least = clean(figure.add_subplot(1, 2, number + 1)), math.inf
+        ends: dict[int, float] = {}
         for outcome in outcomes(spec, plan, kind):
             if outcome.absent or (outcome.layer, kind) not in damage:
                 continue
@@ -46,7 +50,7 @@ def damage_curves(
             axes.plot(share, curve, color=shades(outcome.layer / last), linewidth=1.2)
             cut = outcome.total - len(outcome.kept)
             axes.plot([share[cut]], [curve[cut]], "o", color=CUT, markersize=4)
-            axes.annotate(str(outcome.layer), (1.02, curve[-1]), fontsize=7, va="center")
+            ends[outcome.layer] = curve[-1]
         axes.set_title(f"{kind}: {UNIT[kind]}s", fontsize=10)
         axes.set(xlabel="removed", ylabel=f"predicted damage ({unit} per token)" * (number == 0))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -56,9 +60,20 @@ def damage_curves(
             axes.set_yscale("symlog", linthresh=linear)
             axes.yaxis.set_major_formatter(partial(_label, linear))
         axes.set_ylim(bottom=0)
+        _number(axes, ends)
         axes.grid(alpha=0.3)
     figure.supxlabel("dots: what the plan removes; numbers: layers", fontsize=9)
     return figure
+
+
+def _number(axes: Axes, ends: Mapping[int, float]) -> None:
+    """Write the layer at the end of each line, where it does not run into another number."""
+    taken: list[float] = []
+    for layer, value in sorted(ends.items(), key=lambda item: -item[1]):
+        height = float(axes.transData.transform((1.0, value))[1])
+        if all(abs(height - other) >= _APART for other in taken):
+            taken.append(height)
+            axes.annotate(str(layer), (1.02, value), fontsize=7, va="center")
 
 
 def _label(linear: float, value: float, _position: int | None) -> str:

@@ -5,6 +5,7 @@ import torch
 
 from lit_prune import Calibration, load_pruned
 from lit_prune.errors import ConfigError
+from lit_prune.saving.page import html_of_directory
 from tests.lightning.modules import (
     LM,
     ROWS,
@@ -45,8 +46,13 @@ def test_fit_prunes_at_its_end_and_reports(pruned, tmp_path):
         "calibration.safetensors",
         "compensation.safetensors",
         "plan.json",
+        "report.html",
         "report.json",
     ]
+    page = html_of_directory(tmp_path / "pruning")  # plan and report tell as much
+    assert (tmp_path / "pruning" / "report.html").read_text() == page.replace(
+        "<title>pruning, pruned", "<title>A model, pruned"
+    ).replace("<h1>pruning, pruned", "<h1>A model, pruned")
 
 
 def test_every_validation_is_observed_and_the_last_counts(tmp_path):

@@ -19,6 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lit_prune import PruningPlan, apply_plan, load_pruned
 from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError, ConfigError, UnsupportedModelError
+from lit_prune.methods import sizes_of
+from lit_prune.saving.page import html_of_directory
 from tests.lightning.modules import (
     LM,
     TRAIN,
@@ -271,6 +273,7 @@ def test_files_of_each_stage(tmp_path):
     run(tmp_path, module, callback)
     folder = tmp_path / "pruning"
     names = {"calibration.safetensors", "compensation.safetensors", "plan.json", "report.json"}
+    names.add("report.html")
     for number in range(3):
         assert {path.name for path in (folder / f"epoch-{number}").iterdir()} == names
     whole = PruningPlan.load(folder / "plan.json")
@@ -280,6 +283,10 @@ def test_files_of_each_stage(tmp_path):
         first = other.after(first)
     assert first == whole
     assert json.loads((folder / "report.json").read_text())["requested_ratio"] == 0.4
+    # the whole of it, in terms of the dense model
+    assert whole.provenance["sizes"] == sizes_of(spec_for(Scheduled().lm))
+    assert "prices" not in whole.provenance
+    assert "of 384 MLP channels" in html_of_directory(folder)
 
 
 def test_a_model_that_stages_have_pruned_is_saved_and_loaded(tmp_path):
