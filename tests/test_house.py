@@ -43,9 +43,10 @@ DIRECT = {
     "running": {"pruner", "views", "checkpoints"},
     "checkpoints": {"surgery", "record"},
     "callback": {"pruner", "views", "saving", "running"},
-    "finetune": {"callback"},
+    "texts": set(),
+    "finetune": {"texts", "saving"},
     "testing": {"callback"},
-    "cli": {"callback", "finetune", "testing"},
+    "cli": {"callback", "texts", "sweep"},
     "": {"cli", "finetune", "testing", "sweep"},  # lit_prune/__init__.py, the façade
 }
 PURE = {"importance"}  # third parties: torch only
