@@ -55,7 +55,7 @@ def run(options: Namespace) -> None:
     say("cutting")
     model = apply_plan(loaded.model, plan, compensation)
     model.pruning_record = PruningRecord(plan)  # type: ignore[assignment] # a plain attribute
-    say(f"saving to {target}, and loading it back")
+    say(f"saving to {target}")
     save_pruned(
         model,
         target,
@@ -63,6 +63,7 @@ def run(options: Namespace) -> None:
         tokenizer=loaded.tokenizer,
         compensation=compensation,
         overwrite=options.overwrite,
+        verify=options.verify,
     )
     achieved = plan.provenance.get("achieved_ratio")
     cut = "" if achieved is None else f", {achieved:.2%} of the decoder removed"

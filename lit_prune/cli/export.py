@@ -37,13 +37,14 @@ def run(options: Namespace) -> None:
     target = Path(options.to)
     refuse_target(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
-    say(f"saving to {target}, and loading it back")
+    say(f"saving to {target}")
     save_pruned(
         loaded.model,
         target,
         format=options.format,
         tokenizer=loaded.tokenizer,
         overwrite=options.overwrite,
+        verify=options.verify,
     )
     files = sorted(target.iterdir())
     size = sum(file.stat().st_size for file in files)

@@ -83,6 +83,12 @@ def add_saved(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--format", type=str, default="auto", help="auto, stock, heterogeneous, padded or gguf"
     )
+    parser.add_argument(
+        "--verify",
+        type=bool,
+        default=True,
+        help="load it in a fresh process and compare, before it is put in place",
+    )
 
 
 def add_request(parser: ArgumentParser, *, targets: bool = True) -> None:

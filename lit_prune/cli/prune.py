@@ -46,7 +46,7 @@ def run(options: Namespace) -> None:
     refuse_target(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     result = prune(loaded.model, loaded.batches(options), **request)
-    say(f"saving to {target}, and loading it back")
+    say(f"saving to {target}")
     save_pruned(
         loaded.model,
         target,
@@ -54,6 +54,7 @@ def run(options: Namespace) -> None:
         tokenizer=loaded.tokenizer,
         compensation=result.compensation,
         overwrite=options.overwrite,
+        verify=options.verify,
     )
     print(result.report)
     print(f"\nsaved: {target}\nload it: lit_prune.load_pruned({str(target)!r})")

@@ -27,6 +27,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     verbose = "--verbose" in words
     words = [_spelled(word) for word in words if word != "--verbose"]
+    command = None
     try:
         parser, command = make_parser(words)
         namespace = parser.parse_args(words)
@@ -35,7 +36,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return 0
         command.run(namespace[command.name])
     except ArgumentError as error:
-        return _refused(str(error), USAGE, verbose=verbose)
+        text = str(error)
+        if command is not None and "are required" in text:  # by how they nest in config files
+            text = text.replace(f"{command.name}.", "--")
+        return _refused(f"{text}. See lit-prune --help.", USAGE, verbose=verbose)
     except ConfigError as error:
         return _refused(str(error), USAGE, verbose=verbose)
     except (LitPruneError, OSError) as error:
