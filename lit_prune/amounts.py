@@ -28,7 +28,7 @@ _SUFFIXES: dict[str, dict[str, float]] = {
     "target_speedup": {"": 1.0, "X": 1.0},
     "max_perplexity_increase": {"": 1.0, "%": 0.01},
 }
-_NUMBER = re.compile(r"\s*([0-9.,_]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%×]*)\s*")
+_NUMBER = re.compile(r"\s*([0-9._]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%×]*)\s*")
 
 
 def the_target(given: Mapping[str, object]) -> str:
@@ -102,7 +102,7 @@ def _read(value: object, suffixes: Mapping[str, float]) -> float | None:
     if found is None or suffix not in suffixes:
         return None
     try:
-        return float(found[1].replace(",", "").replace("_", "")) * suffixes[suffix]
+        return float(found[1].replace("_", "")) * suffixes[suffix]
     except ValueError:
         return None
 
