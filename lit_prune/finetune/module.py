@@ -64,7 +64,7 @@ class CausalLMModule(LightningModule):
             )
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.distillation = distillation
-        self.model = _loaded(model)
+        self.model = _loaded(model).train()  # Hugging Face loads for inference
         # in a list: it is not trained, saved or pruned
         self._teacher: list[PreTrainedModel] = []
         if teacher is not None:

@@ -1,11 +1,15 @@
 """Whatever is wrong ends in one line with the remedy, a status, and nothing half-written."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from tests.cli.conftest import QUICK, refused
+from tests.recipes.conftest import ROOT
 
 
 def test_nothing_and_help_teach(lit_prune):
@@ -16,6 +20,15 @@ def test_nothing_and_help_teach(lit_prune):
     assert run.status == 0
     assert "lit-prune prune --model org/name" in run.out
     assert "--max_perplexity_increase" in run.out
+
+
+def test_help_is_there_before_torch():
+    code = (
+        "import sys; sys.argv[0] = 'lit-prune'; from lit_prune.cli import main; "
+        "status = main(['--help']); sys.exit(status or 'torch' in sys.modules)"
+    )
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=path, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
