@@ -1,18 +1,22 @@
 """Structured pruning of fine-tuned causal language models, as one Lightning callback."""
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.calibration import Calibration
-from lit_prune.checkpoints import follow_checkpoints
-from lit_prune.config import PruningConfig
-from lit_prune.decoder import spec_for
-from lit_prune.errors import LitPruneError
-from lit_prune.plan import PruningPlan
-from lit_prune.pruner import PruningResult, prune
-from lit_prune.report import PruningReport
-from lit_prune.saving import load_pruned, save_pruned
-from lit_prune.surgery import apply_plan
-from lit_prune.sweep import sweep
+# The command `lit-prune` answers --help before torch is there: it imports what it needs by itself.
+if TYPE_CHECKING or Path(*sys.argv[:1]).stem != "lit-prune":
+    from lit_prune.calibration import Calibration
+    from lit_prune.checkpoints import follow_checkpoints
+    from lit_prune.config import PruningConfig
+    from lit_prune.decoder import spec_for
+    from lit_prune.errors import LitPruneError
+    from lit_prune.plan import PruningPlan
+    from lit_prune.pruner import PruningResult, prune
+    from lit_prune.report import PruningReport
+    from lit_prune.saving import load_pruned, save_pruned
+    from lit_prune.surgery import apply_plan
+    from lit_prune.sweep import sweep
 
 if TYPE_CHECKING:
     from lit_prune.callback import EntropyPruningCallback

@@ -47,7 +47,8 @@ class EntropyPruningCallback(Callback):
 
     Args:
         pruning_ratio: Fraction of *decoder-layer parameters* to remove, in [0, 1); under
-            ``epoch_end`` a list of them, each of what the dense model has, ascending.
+            ``epoch_end`` a list of them, each of what the dense model has, ascending. Or give
+            another target of `PruningConfig` in its place, ``target_parameters`` for one.
         when: ``fit_end`` prunes after ``trainer.fit`` (a bare ``trainer.validate`` then only
             observes); ``validate`` prunes after ``trainer.validate``; ``epoch_end`` prunes in
             stages, after the first epochs of a fit, while the training goes on: each at the start
@@ -70,10 +71,9 @@ class EntropyPruningCallback(Callback):
         ConfigError: At construction, if an option cannot be meant; later, if the validation loader
             or the language model that it names does not exist.
         UnsupportedModelError: In ``setup``, if model or strategy cannot be pruned.
-        BudgetError: In ``setup``, if the ratio cannot be reached.
+        BudgetError: In ``setup``, if the target cannot be reached (latency and perplexity: later).
         CalibrationError: If the validation text is missing (in ``setup``) or unusable.
-        ArtifactError: If the run's folder cannot be written to (in ``setup``, or before the model
-            is changed).
+        ArtifactError: In ``setup`` or before the surgery, if the run's folder is not writable.
 
     Example::
 
@@ -91,7 +91,7 @@ class EntropyPruningCallback(Callback):
     def __init__(
         self,
         *,
-        pruning_ratio: float | list[float],
+        pruning_ratio: float | list[float] | None = None,
         when: running.When = "fit_end",
         dry_run: bool = False,
         weights: running.Weights = "last",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
+from lit_prune.amounts import TARGETS, the_target
+from lit_prune.checks import check_choice, check_integer, check_integers, check_number
 from lit_prune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ RESOURCES: dict[Resource, str] = {
 RATIO_TOLERANCE = 0.005
 # Keys that FLOPs are counted for where no latency is measured.
 _DEFAULT_CONTEXT = 128
+# What an integer is at least, where not 1; numbers that may be 0.
+_LEAST = {"num_clusters": 2, "seed": 0, "latency_prompt_tokens": 0, "verify_rounds": 0}
+_MAY_BE_ZERO = ("ratio_strength", "search_tolerance")
+# What a target counts, where not what ``budget`` says.
+_COUNTED: dict[str, Resource] = {
+    "target_parameters": "parameters",
+    "target_bytes": "parameters",
+    "target_speedup": "latency",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +51,20 @@ class PruningConfig:
     published text leaves open; defaults are our reconstruction). One that the preset does not read
     is refused. Each value is recorded in the plan.
 
+    How much is said by exactly one of the first five.
+
     Attributes:
         pruning_ratio: Fraction of the decoder layers' ``budget`` to remove, in [0, 1): by default
             of *decoder-layer parameters*. Embeddings and head do not count.
+        target_parameters: At most so many parameters in *all*, embeddings and head included: a
+            number, or ``"6B"``, ``"350M"``.
+        target_bytes: At most so many bytes of weights in all, in the dtype that the model is in:
+            a number, or ``"8GB"`` (``"8GiB"`` for powers of 1024).
+        target_speedup: How many times faster the decoder layers shall be, as ``budget="latency"``
+            predicts it from a table measured on the device of the model: 1.5, or ``"1.5x"``.
+        max_perplexity_increase: The largest cut whose perplexity on the *choose* side of the text
+            stays within this fraction above the dense model's: 0.05, or ``"5%"``. Found by
+            bisection: each try plans, compensates and reads that side once.
         budget: Method. What the ratio is a fraction of, and is met in within 0.5 percentage points:
             ``parameters``; ``flops`` for one token that attends to ``latency_prompt_tokens`` keys
             (128 where that is 0), as the report counts them; ``kv_cache_bytes`` for one token;
@@ -54,6 +74,7 @@ class PruningConfig:
             calibrating, at about 16 widths of each shape of sub-block on the device of the model;
             it is a prediction, and the report puts the measured time of the whole model beside it.
             Every preset takes ``parameters``, ``conditional`` all.
+        ratio_tolerance: By how much the achieved ratio may miss, at most 0.005.
         preset: Which method. ``conditional`` is ours; ``paper`` our reconstruction of Yang et al.,
             ICML 2025; the rivals that both are compared with are the other keys of
             `lit_prune.methods.PRESETS`.
@@ -150,8 +171,13 @@ class PruningConfig:
         True
     """
 
-    pruning_ratio: float
+    pruning_ratio: float | None = None
+    target_parameters: float | str | None = None
+    target_bytes: float | str | None = None
+    target_speedup: float | str | None = None
+    max_perplexity_increase: float | str | None = None
     budget: Resource = "parameters"
+    ratio_tolerance: float = RATIO_TOLERANCE
     preset: str = "conditional"
     allocator: Allocator | None = None
     granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
@@ -196,17 +222,14 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        _check_ratio(self.pruning_ratio)
+        self._check_target()
         for name in ("granularities", "protected_layers", "latency_further_batch_sizes"):
             value = getattr(self, name)
             if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
                 raise ConfigError(f"{name} must be a list, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
         for field, hint in get_type_hints(type(self)).items():
-            value = getattr(self, field)
-            known = _choices(hint)
-            if known and value not in known:
-                raise ConfigError(f"{field} must be one of {known}, got {value!r}.")
+            check_choice(field, getattr(self, field), hint)
         if unknown := [g for g in self.granularities if g not in get_args(Granularity)]:
             raise ConfigError(
                 "granularities has "
@@ -215,18 +238,21 @@ class PruningConfig:
             )
         if not self.granularities:
             raise ConfigError("granularities is empty: nothing could be removed.")
-        for name, member in self.__dataclass_fields__.items():
-            if member.type in ("int", "int | None"):
-                self._check_integer(name)
-            elif member.type == "float" and name != "pruning_ratio":
-                self._check_number(name)
-        for name, what, least in (
-            ("protected_layers", "layer indices", None),
-            ("latency_further_batch_sizes", "numbers of sequences, at least 1", 1),
-        ):
-            for value in getattr(self, name):
-                if not _is_integer(value) or (least is not None and value < least):
-                    raise ConfigError(f"{name} must be {what}, got {list(getattr(self, name))}.")
+        for name, kind in ((field.name, field.type) for field in fields(self)):
+            value = getattr(self, name)
+            if kind == "int" or (kind == "int | None" and value is not None):
+                check_integer(name, value, _LEAST.get(name, 1))
+            elif kind == "float":
+                check_number(name, value, above_zero=name not in _MAY_BE_ZERO)
+        if self.seed >= 2**32:  # scikit-learn takes 32 bits
+            raise ConfigError(f"seed must be below 2**32, got {self.seed}.")
+        check_integers("protected_layers", "layer indices", self.protected_layers)
+        sizes = self.latency_further_batch_sizes
+        check_integers("latency_further_batch_sizes", "numbers of sequences", sizes, 1)
+        if self.ratio_tolerance > RATIO_TOLERANCE:
+            raise ConfigError(
+                f"ratio_tolerance must be at most {RATIO_TOLERANCE}, got {self.ratio_tolerance!r}."
+            )
         if self.clustering == "mean_threshold" and self.num_clusters is not None:
             raise ConfigError(
                 f"num_clusters {self.num_clusters} has no meaning under clustering "
@@ -249,24 +275,30 @@ class PruningConfig:
             if not isinstance(value, str) and (name == "preset" or value is not None):
                 raise ConfigError(f"{name} must be text, got {value!r}.")
 
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        above = name in ("entropy_floor", "ratio_temperature", "damping")
-        if not number or not math.isfinite(value) or value < 0 or (above and not value):
-            least = "above 0" if above else "at least 0"
-            raise ConfigError(f"{name} must be a number {least}, got {value!r}.")
+    def _check_target(self) -> None:
+        target = the_target({name: getattr(self, name) for name in TARGETS})
+        if target == "target_speedup" and self.budget == "parameters":  # it is a budget in latency
+            object.__setattr__(self, "budget", "latency")
+        if self.budget != _COUNTED.get(target, self.budget):
+            raise ConfigError(
+                f"{target} says what is counted, got budget {self.budget!r} too: leave it out."
+            )
 
-    def _check_integer(self, name: str) -> None:
-        value = getattr(self, name)
-        others = {"num_clusters": 2, "seed": 0, "latency_prompt_tokens": 0, "verify_rounds": 0}
-        least = others.get(name, 1)
-        if value is None and "None" in str(self.__dataclass_fields__[name].type):
-            return
-        if not _is_integer(value) or value < least:
-            raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
-        if name == "seed" and value >= 2**32:  # scikit-learn takes 32 bits
-            raise ConfigError(f"seed must be below 2**32, got {value}.")
+    @property
+    def target(self) -> str:
+        """Which of the five says how much to prune."""
+        return the_target({name: getattr(self, name) for name in TARGETS})
+
+    @property
+    def ratio(self) -> float:
+        """The ``pruning_ratio``.
+
+        Raises:
+            ConfigError: If another target was given, that has not been resolved yet.
+        """
+        if self.pruning_ratio is None:
+            raise ConfigError(f"{self.target} is a ratio only once the model is measured.")
+        return self.pruning_ratio
 
     @property
     def adds_constants(self) -> bool:
@@ -304,10 +336,6 @@ class PruningConfig:
             lit_prune.errors.ConfigError: unknown option 'presett'; did you mean 'preset'?
         """
         refuse_unknown(options)
-        if "pruning_ratio" not in options:
-            raise ConfigError(
-                "pruning_ratio is missing: the fraction of decoder parameters to remove, e.g. 0.3."
-            )
         return cls(**options)
 
 
@@ -321,29 +349,3 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
     if unknown := sorted(set(options) - known):
         hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
         raise ConfigError(f"unknown option {unknown[0]!r}{hint}")
-
-
-def _choices(hint: object) -> list[Any]:
-    """Return what a field may be, where that is a list of texts (or None); else nothing."""
-    optional = get_origin(hint) in (Union, UnionType)
-    literal = next((part for part in get_args(hint) if get_origin(part) is Literal), hint)
-    if get_origin(literal) is not Literal or (literal is not hint and not optional):
-        return []
-    return [*get_args(literal), None] if optional else [*get_args(literal)]
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_ratio(ratio: object) -> None:
-    number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-    if number and 0.0 <= ratio < 1.0:  # type: ignore[operator] # also false for NaN
-        return
-    hint = "to keep 80 % of them, pass 0.2"
-    if number and 1.0 < ratio <= 100.0:  # type: ignore[operator]
-        hint = f"for {ratio:g} % pass {ratio / 100:g}"  # type: ignore[operator]
-    raise ConfigError(
-        f"pruning_ratio must be a number in [0, 1), got {ratio!r}. It is the fraction of decoder "
-        f"parameters that is removed: {hint}."
-    )

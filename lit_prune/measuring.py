@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_prune.allocation import cost_of, make_budget
+from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import (
     Calibration,
     bypass_units,
@@ -103,7 +103,7 @@ def _calibrated(
             latency_to_json,
             partial(latency_from_json, calibration),
         )
-        make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
+        refuse_impossible(model, config, calibration.latency)
     squares = needs.covariances or needs.curves
     options: dict[str, Any] = {
         "max_tokens": config.replay_batch_tokens,

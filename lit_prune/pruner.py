@@ -22,6 +22,8 @@ from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
 from lit_prune.sequential import compensated
 from lit_prune.surgery import Compensation, applied, weights_digest
+from lit_prune.target_words import target_facts, with_target
+from lit_prune.targets import Aim, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +96,9 @@ def prune(
         calibration: A saved calibration of this model in place of ``dataloader``: planning costs no
             forward pass then (measuring does).
         progress: Show progress bars (only on a terminal).
-        **options: Fields of `PruningConfig`; ``pruning_ratio`` is required.
+        **options: Fields of `PruningConfig`: how much, by exactly one of ``pruning_ratio``,
+            ``target_parameters``, ``target_bytes``, ``target_speedup`` and
+            ``max_perplexity_increase``; and how.
 
     Returns:
         Plan, report and calibration. Plan and report also travel on the model, for `save_pruned`.
@@ -102,7 +106,8 @@ def prune(
     Raises:
         ConfigError: If an option is wrong.
         UnsupportedModelError: If the model cannot be pruned exactly.
-        BudgetError: If the ratio cannot be reached; before any forward pass.
+        BudgetError: If the target cannot be reached: before any forward pass, but for latency and
+            perplexity, which are measured first.
         CalibrationError: If the text or the activations are unusable.
         SurgeryError: If the result is not what was planned. After every error the model is
             bit-identical.
@@ -149,7 +154,7 @@ def carry_out(
     Args:
         model: The model, in its final, dense state; pruned in place.
         calibration: What was measured on it.
-        config: The resolved request.
+        config: The request, resolved by its preset.
         dry_run: Stop before surgery.
         warnings: What the report shall say besides.
         keep: Called with what was decided, before anything is cut; on rank 0. If it raises, nothing
@@ -163,9 +168,13 @@ def carry_out(
     Raises:
         RankError: If the ranks end with different models.
     """
+    aim = ranks.decide(
+        lambda: resolve(model, calibration, config, progress=progress), Aim.to_json, Aim.from_json
+    )
+    config = aim.config
 
     def decide() -> tuple[Planned, Measurement]:
-        planned = make_plan(model, calibration, config)
+        planned = aim.noted(make_plan(model, calibration, config))
         before = measure(model, calibration.rows, config)
         if not dry_run:
             planned = compensated(model, planned, calibration, config, progress=progress)
@@ -215,6 +224,10 @@ def make_report(
     rows = report_rows(before, after)
     if config.budget == "latency":
         rows += predicted_rows(budget["dense"] / 1e9, budget["removed"] / 1e9, before, after)
+    target = {}
+    if asked := planned.plan.provenance.get("target"):
+        target = target_facts(asked, budget, before, after)
+        rows = with_target(rows, target, after)
     few = []
     if calibration.num_tokens < _FEW_TOKENS:
         few = [
@@ -243,7 +256,7 @@ def make_report(
             "model this small, 64 would be too coarse for the ratio"
         )
     return PruningReport(
-        requested_ratio=config.pruning_ratio,
+        requested_ratio=config.ratio,
         achieved_ratio=achieved,
         total_ratio=removed / dense.total_parameters,
         preset=config.preset,
@@ -251,6 +264,7 @@ def make_report(
         dry_run=after is None,
         rows=rows,
         budget=config.budget,
+        target=target,
         parameter_ratio=None
         if config.budget == "parameters"
         else removed / dense.decoder_parameters,

@@ -78,6 +78,9 @@ class PruningReport:
             bytes, or latency as the measured table predicts it.
         parameter_ratio: Fraction of the decoder parameters that was removed, where ``budget`` is
             something else.
+        target: What was asked for in place of a ratio: ``name``, ``value``, ``predicted``,
+            ``achieved`` (None in a dry run), and all of it in ``words``; empty where it was a
+            ratio.
         calibration: Text behind it: samples, tokens a side, digest, split in words.
         search: What the method did: ratios, clusters, search nodes, optimality.
         config: The whole request.
@@ -95,6 +98,7 @@ class PruningReport:
     rows: tuple[ReportRow, ...]
     budget: Resource = "parameters"
     parameter_ratio: float | None = None
+    target: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -158,9 +162,15 @@ class PruningReport:
         return "\n".join(lines).rstrip()
 
     def notes(self) -> list[str]:
-        """Return everything that is said in words: how text was split, conditions, warnings."""
+        """Return what is said in words: target, how text was split, conditions, warnings."""
         split = [self.calibration["split"]] if "split" in self.calibration else []
-        return [*split, *(str(x) for x in self.conditions.get("words", [])), *self.warnings]
+        target = [self.target["words"]] if "words" in self.target else []
+        return [
+            *target,
+            *split,
+            *(str(x) for x in self.conditions.get("words", [])),
+            *self.warnings,
+        ]
 
     def to_markdown(self) -> str:
         """Return headline, table and notes as Markdown."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lit_prune.calibration import Calibration
     from lit_prune.config import Resource
     from lit_prune.plan import PruningPlan
+    from lit_prune.planning import Planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +92,23 @@ def sweep(
             budget=config.budget,
         )
         if measured:
-            planned = compensated(model, planned, calibration, config)
-            with quiet(model), masked(model, planned.plan, planned.compensation):
-                batches = calibration.rows.batches("choose", config.replay_batch_tokens)
-                point = replace(point, mean_nll=quality_of(model, batches).mean_nll)
+            point = replace(point, mean_nll=chosen_nll(model, planned, calibration, config))
         points.append(point)
     return tuple(points)
+
+
+def chosen_nll(
+    model: PreTrainedModel, planned: Planned, calibration: Calibration, config: PruningConfig
+) -> float:
+    """Return what a plan comes to on the choose side, nats per token, by masking the dense model.
+
+    Args:
+        model: The dense model; it is left as it was.
+        planned: What `make_plan` returned; compensated here where that needs forwards.
+        calibration: What it was made from.
+        config: The resolved request.
+    """
+    planned = compensated(model, planned, calibration, config)
+    with quiet(model), masked(model, planned.plan, planned.compensation):
+        batches = calibration.rows.batches("choose", config.replay_batch_tokens)
+        return quality_of(model, batches).mean_nll

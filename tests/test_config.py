@@ -9,7 +9,7 @@ from lit_prune.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    "ratio", [math.nan, math.inf, -0.1, 1, 1.5, 30, True, False, "0.3", None, [0.3], 0.3j]
+    "ratio", [math.nan, math.inf, -0.1, 1, 1.5, 30, True, False, "0.3", [0.3], 0.3j]
 )
 def test_f01_a_ratio_that_cannot_be_meant_says_what_it_is_and_the_complement(ratio):
     with pytest.raises(

@@ -84,7 +84,7 @@ def alike_choice(
     if best is None:
         nearest = [f"{total / cost.total:.4f}" for total in (below, above) if total < math.inf]
         raise BudgetError(
-            f"pruning_ratio {budget.config.pruning_ratio:g} of the {cost.words} cannot be reached "
+            f"pruning_ratio {budget.config.ratio:g} of the {cost.words} cannot be reached "
             f"by equal widths in all layers: the nearest are {' and '.join(nearest)} "
             f"(channel_multiple {budget.channel_multiple}). Ask for one of these, set a smaller "
             "channel_multiple, or allow blocks to go."

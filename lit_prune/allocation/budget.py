@@ -6,17 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lit_prune.allocation.alike import alike_choice
-from lit_prune.allocation.cost import Cost, cost_of, parameter_cost
+from lit_prune.allocation.cost import Cost, parameter_cost
 from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.allocation.uniform import uniform_choice, uniform_choices
-from lit_prune.config import RATIO_TOLERANCE
-from lit_prune.decoder import AttentionSpec, MlpSpec, SubBlock, all_kept, remainder, spec_for
+from lit_prune.decoder import AttentionSpec, MlpSpec, SubBlock, all_kept, remainder
 from lit_prune.errors import BudgetError, ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from transformers import PreTrainedModel
 
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec
@@ -48,12 +45,12 @@ class Budget:
     @property
     def target(self) -> float:
         """How much to remove, in the unit of `cost`."""
-        return self.config.pruning_ratio * self.cost.total
+        return self.config.ratio * self.cost.total
 
     @property
     def tolerance(self) -> float:
         """By how much the removal may miss its target."""
-        return RATIO_TOLERANCE * self.cost.total
+        return self.config.ratio_tolerance * self.cost.total
 
     def constants(self, counts: Mapping[SubBlock, int]) -> set[SubBlock]:
         """Return the sub-blocks whose cut units leave a constant behind."""
@@ -101,24 +98,6 @@ class Budget:
         return min(count for count in self.allowed[place] if count and count >= units - cut)
 
 
-def refuse_impossible(model: PreTrainedModel, config: PruningConfig) -> None:
-    """Refuse a (resolved) request that no plan can meet, as far as that is known before measuring.
-
-    Everything is, but for a budget in latency: its ratios are known when its table was measured.
-
-    Raises:
-        UnsupportedModelError: If the family can lose nothing of what the request allows.
-        ConfigError: If a protected layer does not exist, or everything is protected.
-        BudgetError: If the ratio cannot be reached; names what can.
-    """
-    spec = spec_for(model)
-    if config.budget == "latency":
-        within_family(spec, config)
-        _check_layers(spec, config)
-    else:
-        make_budget(spec, config, cost_of(model, config))
-
-
 def make_budget(spec: DecoderSpec, config: PruningConfig, cost: Cost | None = None) -> Budget:
     """Turn a request into a budget, or refuse it.
 
@@ -145,7 +124,7 @@ def make_budget(spec: DecoderSpec, config: PruningConfig, cost: Cost | None = No
         lit_prune.errors.BudgetError: pruning_ratio 0.3 of the decoder parameters cannot be...
     """
     config, notes = within_family(spec, config)
-    _check_layers(spec, config)
+    check_layers(spec, config)
     cost = cost or parameter_cost(spec)
     if cost.resource != config.budget:
         raise ConfigError(f"budget is {config.budget!r}, the cost is of {cost.resource!r}.")
@@ -189,7 +168,12 @@ def within_family(
     return replace(config, granularities=left) if refused else config, tuple(notes)
 
 
-def _check_layers(spec: DecoderSpec, config: PruningConfig) -> None:
+def check_layers(spec: DecoderSpec, config: PruningConfig) -> None:
+    """Refuse protected layers that do not exist, or that leave nothing to remove.
+
+    Raises:
+        ConfigError: Names them.
+    """
     count = len(spec.blocks)
     if wrong := [layer for layer in config.protected_layers if not 0 <= layer < count]:
         raise ConfigError(
@@ -214,7 +198,8 @@ def _auto_multiple(spec: DecoderSpec, config: PruningConfig, cost: Cost) -> int:
     )
     for multiple in _FAVOURITE_MULTIPLES:
         even = multiple % config.tensor_parallel == 0
-        if even and multiple <= channels // 4 and step * multiple <= RATIO_TOLERANCE * cost.total:
+        fine = step * multiple <= config.ratio_tolerance * cost.total
+        if even and multiple <= channels // 4 and fine:
             return multiple
     return config.tensor_parallel
 
@@ -275,8 +260,8 @@ def _refuse_unreachable(budget: Budget) -> None:
         most = totals.most()
     near = " and ".join(f"{budget.achieved(counts):.4f}" for counts in found) or "0"
     raise BudgetError(
-        f"pruning_ratio {budget.config.pruning_ratio:g} of the {budget.cost.words} cannot be "
-        f"reached within {RATIO_TOLERANCE * 100:g} percentage points by allocator "
+        f"pruning_ratio {budget.config.ratio:g} of the {budget.cost.words} cannot be "
+        f"reached within {budget.config.ratio_tolerance * 100:g} percentage points by allocator "
         f"{budget.config.allocator!r} with granularities {list(budget.config.granularities)}, "
         f"channel_multiple {budget.channel_multiple}, min_kv_groups "
         f"{budget.config.min_kv_groups} and {len(budget.config.protected_layers)} protected "

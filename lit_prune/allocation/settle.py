@@ -141,7 +141,7 @@ def require_met(budget: Budget, counts: Mapping[SubBlock, int]) -> None:
     """
     if not budget.met_by(counts) or counts == all_kept(budget.spec):
         raise BudgetError(
-            f"pruning_ratio {budget.config.pruning_ratio:g} of the {budget.cost.words} was not "
+            f"pruning_ratio {budget.config.ratio:g} of the {budget.cost.words} was not "
             f"met: the nearest plan of allocator {budget.config.allocator!r} removes "
             f"{budget.achieved(counts):.4f} (channel_multiple {budget.channel_multiple}). Ask for "
             "that, allow more granularities, or set a smaller channel_multiple."

@@ -40,7 +40,7 @@ def uniform_choices(budget: Budget) -> Iterator[tuple[float, dict[SubBlock, int]
     shares = {1 - count / max(groups) for count in groups} or {0.0}
     widest = max((p.num_units for _, p in parts if p.kind == "mlp"), default=1)
     step = budget.channel_multiple if "channel" in config.granularities else widest
-    for share in sorted(shares, key=lambda share: (abs(share - config.pruning_ratio), share)):
+    for share in sorted(shares, key=lambda share: (abs(share - config.ratio), share)):
         for kept in range(widest, 0, -step):
             counts = all_kept(spec)
             for index, part in parts:

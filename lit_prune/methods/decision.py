@@ -235,7 +235,7 @@ class Method:
     def all_needs(self, config: PruningConfig) -> Needs:
         """Return what has to be measured for this (resolved) request."""
         table = Needs(latency=config.budget == "latency")
-        if not config.pruning_ratio:
+        if config.pruning_ratio == 0:
             return table
         squares = Needs(covariances=config.compensation in SQUARES)
         return self.needs(config) | squares | table

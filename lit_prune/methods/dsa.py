@@ -78,7 +78,7 @@ def decide(case: Case) -> Decision:
     ranking = Ranking(scores, dict.fromkeys(scores, 1))
     variances = [log_variance(metric) for metric in _metrics(case)]
     importances = [importance(variance) for variance in variances]
-    ratios = layer_ratios(importances, case.config.pruning_ratio)
+    ratios = layer_ratios(importances, case.config.ratio)
     undefined = [i for i, variance in enumerate(variances) if math.atan(variance) > 1]
     trace = {"log_variances": variances, "layer_ratios": ratios, "undefined": undefined}
     return Decision.of(ratio_choice(case.budget, ratios, ranking), ranking, trace)

@@ -22,7 +22,7 @@ def decide(case: Case) -> Decision:
     if not case.config.pruning_ratio:
         return Decision.whole(case.spec)
     pieces = blocks_of(case)
-    wanted = max(1, round(case.config.pruning_ratio * len(case.spec.blocks)))
+    wanted = max(1, round(case.config.ratio * len(case.spec.blocks)))
     # the middles of equal stretches, then what lies next to them should one not fit
     middles = [(2 * i + 1) * len(pieces) / (2 * wanted) - 0.5 for i in range(wanted)]
     even = [pieces[round(middle)] for middle in middles if round(middle) < len(pieces)]

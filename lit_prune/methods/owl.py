@@ -57,7 +57,7 @@ def decide(case: Case) -> Decision:
     found = np.array(outlier_fractions(case))
     spread = found.max() - found.min()
     scaled = (found - found.min()) / spread * (2 * _SPAN) if spread else np.zeros_like(found)
-    ratios = np.clip(case.config.pruning_ratio - (scaled - scaled.mean()), 0, 1)
+    ratios = np.clip(case.config.ratio - (scaled - scaled.mean()), 0, 1)
     counts = ratio_choice(case.budget, ratios.tolist(), ranking)
     trace = {"outlier_fractions": found.tolist(), "layer_ratios": ratios.tolist()}
     return Decision.of(counts, ranking, trace)

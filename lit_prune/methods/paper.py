@@ -98,7 +98,7 @@ def distribute(
         counts = uniform_choice(budget)
         require_met(budget, counts)
         return Decision.of(counts, ranking, {"allocator": "uniform"})
-    ratio = config.pruning_ratio
+    ratio = config.ratio
     if config.num_clusters is not None or config.clustering == "mean_threshold":
         return _with_clusters(budget, scores, ranking, config.num_clusters or 2)
     if ratio <= _FEW_UP_TO or ratio >= _MANY_FROM:
@@ -169,7 +169,7 @@ def _ratios(budget: Budget, scores: Scores) -> tuple[float, ...]:
     return block_ratios(
         [scores.transfer.get(Unit(block.index, "block"), 0.0) for block in spec.blocks],
         weights,
-        min(config.pruning_ratio, room),
+        min(config.ratio, room),
         ratio_map=config.ratio_map,
         temperature=config.ratio_temperature,
         strength=config.ratio_strength,

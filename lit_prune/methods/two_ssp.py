@@ -41,7 +41,7 @@ def decide(case: Case) -> Decision:
     # the last attention stays: without one there is no cache to count positions by
     every = sum(kind == "attention" for _, kind in whole)
     most = max(min(len(attentions), every - 1), 0)
-    wanted = min(round(len(spec.blocks) * case.config.pruning_ratio**exponent), most)
+    wanted = min(round(len(spec.blocks) * case.config.ratio**exponent), most)
     # any attentions of equal size free the same parameters: the first ones stand for them here
     while True:
         counts = {**whole, **dict.fromkeys(attentions[:wanted], 0)}

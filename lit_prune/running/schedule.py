@@ -35,7 +35,8 @@ class Schedule:
     """Cumulative ratios, of the decoder parameters that the dense model has.
 
     Attributes:
-        ratios: One for each stage, ascending; a single one where all is done at once.
+        ratios: One for each stage, ascending; a single one where all is done at once (None
+            where the request has another target).
         stages: Whether they are stages, one after each epoch.
     """
 
@@ -43,7 +44,9 @@ class Schedule:
     stages: bool
 
     @classmethod
-    def of(cls, pruning_ratio: float | Sequence[float], when: When, *, dry_run: bool) -> Self:
+    def of(
+        cls, pruning_ratio: float | Sequence[float] | None, when: When, *, dry_run: bool
+    ) -> Self:
         """Read what was asked for.
 
         Raises:

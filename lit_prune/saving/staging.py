@@ -14,14 +14,16 @@ from lit_prune.saving.files import sync
 from lit_prune.saving.manifest import MANIFEST, Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 _log = logging.getLogger(__name__)
 _SLACK_BYTES = 32 * 2**20  # config, tokenizer, plan, report
 
 
 @contextmanager
-def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path]:
+def staged(
+    directory: Path, *, overwrite: bool, num_bytes: int, known: Collection[str] | None = None
+) -> Iterator[Path]:
     """Yield an empty directory beside ``directory``, which it becomes when the block ends well.
 
     Args:
@@ -29,6 +31,7 @@ def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path
         overwrite: Replace what an earlier `save_pruned` wrote there; the old one stays until the
             new one is in place.
         num_bytes: Expected size, checked against the free space first.
+        known: Names of files that may be replaced; by default what the manifest there lists.
 
     Raises:
         ArtifactError: If the target is in the way, cannot be written, or the disk is too small:
@@ -36,7 +39,7 @@ def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path
             temporary directory is gone.
     """
     target = Path(os.path.realpath(directory))
-    _refuse_target(target, overwrite=overwrite)
+    refuse_target(target, overwrite=overwrite, known=known)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
@@ -75,8 +78,17 @@ def staged(directory: Path, *, overwrite: bool, num_bytes: int) -> Iterator[Path
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
 
 
-def _refuse_target(target: Path, *, overwrite: bool) -> None:
+def refuse_target(target: Path, *, overwrite: bool, known: Collection[str] | None = None) -> None:
+    """Refuse a directory that could not be written, before any work; arguments as of `staged`.
+
+    Raises:
+        ArtifactError: Says what is in the way.
+    """
     if not os.path.lexists(target):
+        there = next(path for path in target.absolute().parents if os.path.exists(path))
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            what = "cannot be written to" if there.is_dir() else "is no directory"
+            raise ArtifactError(f"{target} cannot be made: {there} {what}. Choose another place.")
         return
     if not target.is_dir():
         raise ArtifactError(f"{target} exists and is not a directory. Choose another name.")
@@ -88,15 +100,15 @@ def _refuse_target(target: Path, *, overwrite: bool) -> None:
     if not present:
         return
     try:
-        known = {MANIFEST, *Manifest.read(target).files}
+        ours = known if known is not None else {MANIFEST, *Manifest.read(target).files}
     except ArtifactError as error:
         raise ArtifactError(
             f"{target} was not written by save_pruned ({error}) overwrite=True would delete it: "
             "delete it yourself, or choose another name."
         ) from error
-    if foreign := sorted(present - known):
+    if foreign := sorted(present - set(ours)):
         raise ArtifactError(
-            f"{target} holds {', '.join(foreign[:4])}, which save_pruned did not write and "
+            f"{target} holds {', '.join(foreign[:4])}, which were not written with it and "
             "overwrite=True would delete. Move it away first."
         )
 

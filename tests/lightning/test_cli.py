@@ -80,7 +80,6 @@ def test_config_of_the_cli_goes_round(tmp_path):
         ({"pruning_ratio": 0.3, "allocator": "unifrom"}, "depth_first', 'greedy', 'uniform'"),
         ({"pruning_ratio": 0.3, "channel_multiple": "many"}, "Expected a <class 'int'>"),
         ({"pruning_ratio": "much"}, "Expected a <class 'float'>"),
-        ({}, "pruning_ratio"),
     ],
 )
 def test_wrong_yaml_is_refused_by_name(tmp_path, capsys, options, message):
@@ -113,8 +112,16 @@ def test_wrong_arguments_are_refused_at_construction(options, message):
 
 
 def test_ratio_is_required():
-    with pytest.raises(TypeError, match="pruning_ratio"):
+    with pytest.raises(ConfigError, match="pruning_ratio is missing"):
         EntropyPruningCallback()
+
+
+def test_other_targets_are_read_from_yaml(tmp_path):
+    callback = callback_of(cli(tmp_path, {"target_parameters": "20k"}))
+    assert (callback.config.target, callback.config.target_parameters) == (
+        "target_parameters",
+        "20k",
+    )
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -111,6 +111,14 @@ metric_list:
 
 
 @needs_lm_eval
+@pytest.mark.slow
+def test_a_local_task_is_answered_from_the_command_line(run_recipe, tiny_checkpoint, tmp_path):
+    local_task(tmp_path)
+    arguments = ("--model", tiny_checkpoint, "--tasks", "two_questions", "--task_folder", tmp_path)
+    assert "two_questions: 1.0000" in run_recipe("zero_shot.py", *arguments, cwd=tmp_path)
+
+
+@needs_lm_eval
 @pytest.mark.filterwarnings("ignore")
 def test_a_local_task_is_answered_by_a_model_in_memory(tiny_checkpoint, tokenizer, tmp_path):
     local_task(tmp_path)

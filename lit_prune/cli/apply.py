@@ -1,0 +1,70 @@
+"""Make the pruned model from a base model and a plan, with no text.
+
+  lit-prune apply --model my-model --plan plan --to pruned
+
+For who shares plans and not weights: a plan is kilobytes, and makes the same pruned model, bit for
+bit, of the same base model in the same dtype.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_prune.cli.console import quiet_down, say
+from lit_prune.cli.loading import load
+from lit_prune.cli.options import add_model, add_saved
+from lit_prune.errors import ArtifactError
+from lit_prune.plan import PruningPlan
+from lit_prune.record import PruningRecord
+from lit_prune.saving import refuse_target, save_pruned
+from lit_prune.surgery import Compensation, apply_plan
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+name, usage = "apply", "--model MODEL --plan PLAN --to DIRECTORY"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add what the command reads."""
+    add_model(parser)
+    parser.add_argument(
+        "--plan",
+        type=str,
+        required=True,
+        help="a directory of `lit-prune plan`, or a plan.json with a compensation.safetensors "
+        "beside it",
+    )
+    add_saved(parser)
+
+
+def run(options: Namespace) -> None:
+    """Cut, and save."""
+    quiet_down()
+    target = Path(options.to)
+    refuse_target(target, overwrite=options.overwrite)
+    file = Path(options.plan)
+    file = file / "plan.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ArtifactError(f"{file}: there is no such file. `lit-prune plan` writes one.")
+    plan = PruningPlan.from_json(file.read_text(encoding="utf-8"))
+    beside = file.with_name("compensation.safetensors")
+    compensation = Compensation.load(beside) if beside.is_file() else None
+    loaded = load(options.model, dtype=options.dtype, device=options.device)
+    say("cutting")
+    model = apply_plan(loaded.model, plan, compensation)
+    model.pruning_record = PruningRecord(plan)  # type: ignore[assignment] # a plain attribute
+    say(f"saving to {target}")
+    save_pruned(
+        model,
+        target,
+        format=options.format,
+        tokenizer=loaded.tokenizer,
+        compensation=compensation,
+        overwrite=options.overwrite,
+        verify=options.verify,
+    )
+    achieved = plan.provenance.get("achieved_ratio")
+    cut = "" if achieved is None else f", {achieved:.2%} of the decoder removed"
+    print(f"saved: {target} (plan {plan.digest[:12]}{cut})")

@@ -1,0 +1,60 @@
+"""Make a model smaller, save it, and say what it has cost.
+
+  lit-prune prune --model my-model --text my-text.txt --to pruned --pruning_ratio 0.3
+  lit-prune prune --model org/name --text wikitext:wikitext-2-raw-v1 --to pruned --target_bytes 8GB
+  lit-prune prune --model my-model --text my-texts/ --to pruned --max_perplexity_increase 5%
+
+The text should be what the model is for: some hundred thousand tokens of it. Most of it calibrates,
+the rest chooses and scores. The directory appears whole, loaded back and compared, or not at all;
+what was cut and what it cost lies in it as plan.json, report.json and README.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_prune.cli.console import quiet_down, say
+from lit_prune.cli.loading import load
+from lit_prune.cli.options import add_model, add_request, add_saved, add_text, request_of
+from lit_prune.config import PruningConfig
+from lit_prune.methods import preset
+from lit_prune.pruner import prune
+from lit_prune.saving import refuse_target, save_pruned
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+name, usage = "prune", "--model MODEL --text TEXT --to DIRECTORY --pruning_ratio RATIO"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add what the command reads."""
+    add_model(parser)
+    add_text(parser, "to calibrate on")
+    add_saved(parser)
+    add_request(parser)
+
+
+def run(options: Namespace) -> None:
+    """Prune and save."""
+    quiet_down()
+    request = request_of(options)
+    config = PruningConfig.from_options(request)
+    preset(config.preset).resolve(config)
+    target = Path(options.to)
+    refuse_target(target, overwrite=options.overwrite)
+    loaded = load(options.model, dtype=options.dtype, device=options.device)
+    result = prune(loaded.model, loaded.batches(options), **request)
+    say(f"saving to {target}")
+    save_pruned(
+        loaded.model,
+        target,
+        format=options.format,
+        tokenizer=loaded.tokenizer,
+        compensation=result.compensation,
+        overwrite=options.overwrite,
+        verify=options.verify,
+    )
+    print(result.report)
+    print(f"\nsaved: {target}\nload it: lit_prune.load_pruned({str(target)!r})")

@@ -1,0 +1,136 @@
+"""What each command is for, on a tiny model, from the first to the last."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lit_prune import load_pruned
+from tests.cli.conftest import QUICK, UNVERIFIED
+from tests.state import recount
+
+CALIBRATED = ["--max_calibration_tokens", "4096", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("work")
+
+
+def test_prune_saves_a_model_that_loads_and_says_what_it_cost(
+    lit_prune, model_directory, text, folder
+):
+    given = ["--model", model_directory, "--text", text, *CALIBRATED]
+    run = lit_prune("prune", *given, "--to", folder / "pruned", "--pruning-ratio", "0.3")
+    assert (run.status, run.err) == (0, "")
+    assert "parameters in decoder layers" in run.out
+    assert f"saved: {folder / 'pruned'}" in run.out
+    model = load_pruned(folder / "pruned")
+    dense = AutoModelForCausalLM.from_pretrained(model_directory)
+    left = recount(model)["decoder"] / recount(dense)["decoder"]
+    assert left == pytest.approx(0.7, abs=0.005)
+    assert (folder / "pruned" / "tokenizer.json").is_file()
+
+
+def test_a_plan_is_applied_to_the_model_that_was_pruned_at_once(
+    lit_prune, model_directory, text, folder
+):
+    given = ["--model", model_directory, "--text", text, *CALIBRATED]
+    run = lit_prune("plan", *given, "--to", folder / "plan", "--pruning_ratio", "0.3")
+    assert (run.status, run.err) == (0, "")
+    assert "would remove 30" in run.out
+    run = lit_prune(
+        "apply", "--model", model_directory, "--plan", folder / "plan", "--to", folder / "applied",
+        *UNVERIFIED,
+    )  # fmt: skip
+    assert (run.status, run.err) == (0, "")
+    applied, pruned = load_pruned(folder / "applied"), load_pruned(folder / "pruned")
+    assert applied.pruning_record.plan.digest == pruned.pruning_record.plan.digest
+    for (name, one), (_, other) in zip(
+        applied.state_dict().items(), pruned.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, folder):
+    run = lit_prune(
+        "sweep",
+        *("--model", model_directory, "--ratios", "[0.1,0.3,0.99]", *QUICK),
+        *("--calibration", folder / "plan" / "calibration.safetensors", "--to", folder / "sweep"),
+    )
+    assert (run.status, run.err) == (0, "")
+    rows = list(csv.DictReader((folder / "sweep" / "sweep.csv").open()))
+    assert [float(row["requested"]) for row in rows] == [0.1, 0.3, 0.99]
+    plan = json.loads((folder / "plan" / "plan.json").read_text())
+    assert float(rows[1]["achieved"]) == plan["provenance"]["achieved_ratio"]
+    assert "cannot be reached" in rows[2]["note"]
+    assert {"sweep.json", "trade_off.png"} < {x.name for x in (folder / "sweep").iterdir()}
+
+
+def test_evaluate_lays_two_models_side_by_side(lit_prune, model_directory, text, folder):
+    file = folder / "evaluation.json"
+    words = ["--against", model_directory, "--text", text, "--to", file]
+    latency = ["--latency_prompt_tokens", "8", "--latency_new_tokens", "2"]
+    run = lit_prune("evaluate", "--model", folder / "pruned", *words, *latency)
+    assert (run.status, run.err) == (0, "")
+    assert "decode, per token" in run.out
+    rows = {row["key"]: row for row in json.loads(file.read_text())["rows"]}
+    row = rows["decoder_parameters"]
+    assert row["after"] / row["before"] == pytest.approx(0.7, abs=0.005)
+    run = lit_prune("evaluate", "--model", model_directory, "--text", text, *QUICK)
+    assert run.status == 0
+    assert "prefill" not in run.out
+
+
+def test_export_writes_another_format(lit_prune, folder):
+    run = lit_prune(
+        "export", "--model", folder / "pruned", "--to", folder / "padded", "--format", "padded",
+        *UNVERIFIED,
+    )  # fmt: skip
+    assert (run.status, run.err) == (0, "")
+    assert "model.safetensors" in run.out
+    config = json.loads((folder / "padded" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+
+
+def test_compare_lays_methods_side_by_side(lit_prune, model_directory, text, folder):
+    run = lit_prune(
+        *("compare", "--model", model_directory, "--text", text, "--to", folder / "compared"),
+        *("--presets", "[flap,random,shortgpt]", "--max_calibration_tokens", "2048"),
+    )
+    assert (run.status, run.err) == (0, "")
+    found = json.loads((folder / "compared" / "compare.json").read_text())["presets"]
+    by_name = {row["preset"]: row for row in found}
+    assert by_name["flap"]["perplexity"] > 0
+    assert "cannot be reached" in by_name["shortgpt"]["note"]
+
+
+def test_options_stand_in_a_file_and_overwrite_replaces(lit_prune, model_directory, text, folder):
+    words = [
+        "--model",
+        model_directory,
+        "--text",
+        text,
+        "--to",
+        folder / "flap",
+        *CALIBRATED,
+        *UNVERIFIED,
+    ]
+    run = lit_prune(
+        "prune", *words, "--preset", "flap", "--target_parameters", "0.27M", "--print_config"
+    )
+    assert run.status == 0
+    whole = yaml.safe_load(run.out)
+    assert (whole["preset"], whole["target_parameters"]) == ("flap", "0.27M")
+    whole["target_parameters"] = "0.28M"
+    file = folder / "request.yaml"
+    file.write_text(yaml.safe_dump(whole))
+    assert lit_prune("prune", "--config", file).status == 0
+    report = load_pruned(folder / "flap").pruning_record.report
+    assert report.row("total_parameters").after <= 280_000
+    assert report.target["name"] == "target_parameters"
+    assert lit_prune("prune", "--config", file).status == 1
+    assert lit_prune("prune", "--config", file, "--overwrite", "--seed", "1").status == 0

@@ -1,0 +1,188 @@
+"""Whatever is wrong ends in one line with the remedy, a status, and nothing half-written."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import QUICK, refused
+from tests.recipes.conftest import ROOT
+
+
+def test_nothing_and_help_teach(lit_prune):
+    run = lit_prune()
+    assert run.status == 0
+    assert "lit-prune prune --model my-model" in run.out
+    run = lit_prune("prune", "--help")
+    assert run.status == 0
+    assert "lit-prune prune --model org/name" in run.out
+    assert "--max_perplexity_increase" in run.out
+
+
+def test_help_is_there_before_torch():
+    code = (
+        "import sys; sys.argv[0] = 'lit-prune'; from lit_prune.cli import main; "
+        "status = main(['--help']); sys.exit(status or 'torch' in sys.modules)"
+    )
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=path, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prun"], ["prune"]),
+        (["prune"], ["--model"]),
+        (["prune", "--pruning-ration", "0.3"], ["pruning_ration"]),
+        (["prune", "--model", "M", "--text", "T", "--to", "X"], ["pruning_ratio is missing"]),
+        (
+            [
+                *("prune", "--model", "M", "--text", "T", "--to", "X"),
+                *("--pruning_ratio", "0.3", "--target_bytes", "8GB"),
+            ],
+            ["pruning_ratio and target_bytes are two targets"],
+        ),
+        (
+            ["prune", "--model", "M", "--text", "T", "--to", "X", "--pruning_ratio", "30"],
+            ["for 30 % pass 0.3"],
+        ),
+        (
+            ["prune", "--model", "M", "--text", "T", "--to", "X", "--target_bytes", "much"],
+            ["target_bytes='8GB'"],
+        ),
+        (["sweep", "--model", "M", "--to", "X", "--ratios", "[0.1]"], ["--text", "--calibration"]),
+        (["compare", "--model", "M", "--text", "T", "--presets", "[flapp]"], ["'flap'"]),
+        (["prune", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_what_cannot_be_meant_is_status_2(
+    lit_prune, tmp_path, monkeypatch, model_directory, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    run = lit_prune(*(model_directory if word == "M" else word for word in words))
+    refused(run, 2, *said)
+    assert not list(tmp_path.iterdir())
+
+
+def prune(run, model, text, to, *more):
+    return run(
+        "prune",
+        "--model",
+        model,
+        "--text",
+        text,
+        "--to",
+        to,
+        "--pruning_ratio",
+        "0.3",
+        *QUICK,
+        *more,
+    )
+
+
+def test_text_that_is_none_is_status_1(lit_prune, model_directory, tmp_path):
+    def said(file, *words):
+        refused(prune(lit_prune, model_directory, file, tmp_path / "out"), 1, *words)
+        assert not (tmp_path / "out").exists()
+
+    said(tmp_path / "missing.txt", "missing.txt", "no such file")
+    (tmp_path / "empty.txt").write_text(" \n")
+    said(tmp_path / "empty.txt", "holds no text")
+    (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"txt": 1}\n')
+    said(tmp_path / "bad.jsonl", "bad.jsonl, line 2")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
+    said(tmp_path / "picture.png", "no text in UTF-8")
+    (tmp_path / "short.txt").write_text("x = 1")
+    said(tmp_path / "short.txt", "token")
+
+
+def test_models_that_are_none_are_status_1(lit_prune, model_directory, text, tmp_path):
+    def said(model, *words):
+        refused(prune(lit_prune, model, text, tmp_path / "out"), 1, *words)
+        assert not (tmp_path / "out").exists()
+
+    said("./nowhere", "no such directory")
+    said(tmp_path, "no config.json")
+    said(text / "heapq.txt", "is a file")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "config.json").write_text(json.dumps({"model_type": "strange"}))
+    said(tmp_path / "strange", "'strange'", "does not know")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    said(tmp_path / "bert", "bert")
+
+
+def test_no_network_for_a_name_is_status_1(lit_prune, model_directory, text, tmp_path, monkeypatch):
+    def no_network(*_args, **_options):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)  # HF_HUB_OFFLINE is set for tests
+    run = prune(lit_prune, "someone/some-model", text, tmp_path / "out")
+    refused(run, 1, "'someone/some-model'", "local directory")
+    run = prune(lit_prune, model_directory, "someone/some-text", tmp_path / "out")
+    refused(run, 1, "'someone/some-text'", "local file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_are_in_the_way_are_refused_before_any_work(
+    lit_prune, model_directory, text, tmp_path
+):
+    (tmp_path / "there").mkdir()
+    run = prune(lit_prune, "./nowhere", text, tmp_path / "there")
+    refused(run, 1, "exists", "--overwrite")
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+    run = prune(lit_prune, "./nowhere", text, tmp_path / "there", "--overwrite")
+    refused(run, 1, "delete it yourself")
+    (tmp_path / "file").write_text("")
+    run = prune(lit_prune, "./nowhere", text, tmp_path / "file" / "below")
+    refused(run, 1, "is no directory")
+    run = lit_prune(
+        "plan",
+        "--model",
+        "./nowhere",
+        "--to",
+        tmp_path / "there",
+        "--pruning_ratio",
+        "0.3",
+        "--overwrite",
+    )
+    refused(run, 1, "mine.txt")
+    assert (tmp_path / "there" / "mine.txt").read_text() == "mine"
+
+
+def test_verbose_shows_the_traceback(lit_prune, text, tmp_path):
+    run = prune(lit_prune, "./nowhere", text, tmp_path / "out", "--verbose")
+    assert run.status == 1
+    assert "Traceback" in run.err
+    assert run.err.strip().splitlines()[-1].startswith("lit-prune: error: ./nowhere")
+
+
+def test_an_interrupted_run_leaves_nothing(lit_prune, model_directory, text, tmp_path, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_prune.saving.save.verify_saved", interrupt)
+    run = prune(
+        lit_prune, model_directory, text, tmp_path / "out", "--preset", "random",
+        "--max_calibration_tokens", "2048",
+    )  # fmt: skip
+    refused(run, 130, "interrupted")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_exist_is_named(lit_prune, model_directory, tmp_path):
+    run = lit_prune("apply", "--model", model_directory, "--plan", tmp_path, "--to", tmp_path / "x")
+    refused(run, 1, "plan.json", "no such file")
+    run = lit_prune(
+        "export", "--model", model_directory, "--to", tmp_path / "x", "--format", "gguff"
+    )
+    refused(run, 2, "gguf")
+    run = lit_prune(
+        "sweep", "--model", model_directory, "--calibration", tmp_path / "c.safetensors",
+        "--to", tmp_path / "x",
+    )  # fmt: skip
+    refused(run, 1, "c.safetensors")
+    assert not (tmp_path / "x").exists()
