@@ -76,6 +76,8 @@ def about(model, **changes):
     return {
         "attention": "sdpa",
         "class": "LlamaForCausalLM",
+        "auto": "AutoModelForCausalLM",
+        "one_by_one": False,
         "code": None,
         "digest": digest_of(model),
         "matmul_precision": torch.get_float32_matmul_precision(),
