@@ -66,11 +66,20 @@ def test_every_sub_block_has_a_ladder_up_to_all_of_its_units(family, options, kv
     }
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_copies_compute_what_the_model_computes(implementation):
+SLIDES = {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {**SLIDES, "attn_implementation": "eager"}),
+        ("qwen2", {**SLIDES, "attn_implementation": "sdpa"}),
+        *((family, {}) for family in ("phi3", "gpt2", "gpt_neox", "opt", "falcon", "bloom")),
+    ],
+)
+def test_copies_compute_what_the_model_computes(family, options):
     """All calls of a prompt and three tokens, on a cache of their own."""
-    model = tiny_model("qwen2", sliding_window=6, use_sliding_window=True, max_window_layers=2)
-    model.set_attn_implementation(implementation)
+    model = tiny_model(family, **options)
     parts = DecoderParts(model)
     places = [(0, "attention"), (1, "mlp"), (3, "attention")]
     outputs = {place: [] for place in places}
@@ -88,7 +97,7 @@ def test_copies_compute_what_the_model_computes(implementation):
             handle.remove()
         for place in places:
             seen = []
-            (twin,) = _twins(parts, place, parts.output(*place).weight.shape[1], 1)
+            (twin,) = _twins(parts, place, parts.units(*place), 1)
             twin.register_forward_hook(
                 lambda _m, _a, out, seen=seen: seen.append(
                     out if isinstance(out, torch.Tensor) else out[0]
