@@ -50,6 +50,9 @@ def main() -> None:
         from llama_cpp import Llama
 
         llama = Llama(str(folder / "model.gguf"), verbose=False)
+        if llama.metadata["tokenizer.ggml.model"] == "none":  # the card says why
+            print("llama.cpp: it knows no such tokenizer; the file is run by token ids")
+            return
         print(f"llama.cpp: {llama(PROMPT, max_tokens=16, temperature=0)['choices'][0]['text']!r}")
 
 

@@ -112,7 +112,7 @@ def test_f39_directory_that_cannot_be_written_is_a_typed_error(tmp_path, monkeyp
 
 def test_f39_parent_that_is_a_file_is_a_typed_error(tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ArtifactError, match="cannot hold a saved model"):
+    with pytest.raises(ArtifactError, match="is no directory"):
         save_pruned(pruned(), tmp_path / "file/saved")
 
 
