@@ -20,6 +20,7 @@ COMMANDS = {
     "sweep": "many ratios from one calibration: table, curve, CSV, JSON",
     "compare": "several methods on one text: what each comes to",
     "evaluate": "perplexity, latency and size of a model, or of two side by side",
+    "report": "show again what was cut and what it cost; as a page, too",
     "export": "save a model in another format: for transformers, for llama.cpp",
 }
 _WORDS = """Make a Hugging Face causal language model smaller and faster, and see what it costs.

@@ -55,6 +55,21 @@ def test_a_plan_is_applied_to_the_model_that_was_pruned_at_once(
         torch.testing.assert_close(one, other, msg=name)
 
 
+def test_report_shows_again_what_was_pruned_and_what_is_planned(lit_prune, folder, tmp_path):
+    page = tmp_path / "page.html"
+    run = lit_prune("report", "--of", folder / "pruned", "--to", page)
+    assert (run.status, run.err) == (0, "")
+    assert "parameters in decoder layers" in run.out
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    again = lit_prune("report", "--of", folder / "pruned", "--to", page)
+    assert again.status == 1
+    assert f"{page} exists" in again.err
+    assert lit_prune("report", "--of", folder / "plan").status == 0
+    nothing = lit_prune("report", "--of", tmp_path)
+    assert nothing.status == 1
+    assert "has no plan.json and no report.json" in nothing.err
+
+
 def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, folder):
     run = lit_prune(
         "sweep",

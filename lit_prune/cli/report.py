@@ -1,0 +1,51 @@
+"""Show a pruned model, a plan or a run again: what was cut, what it cost, whether it is faster.
+
+  lit-prune report --of pruned
+  lit-prune report --of runs/lightning_logs/version_0/pruning --to report.html
+
+The table goes to the screen, the page with pictures to --to. What is read is plan.json and
+report.json; no model is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lit_prune.errors import ArtifactError
+from lit_prune.report import PruningReport
+from lit_prune.saving.page import html_of_directory
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+name, usage = "report", "--of DIRECTORY"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add what the command reads."""
+    parser.add_argument(
+        "--of",
+        type=str,
+        required=True,
+        help="what prune, plan or save_pruned wrote, or pruning/ of a run",
+    )
+    parser.add_argument("--to", type=str | None, default=None, help="new file for the page (HTML)")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file")
+
+
+def run(options: Namespace) -> None:
+    """Read, print, write."""
+    directory = Path(options.of)
+    page = html_of_directory(directory)
+    if options.to is not None:
+        target = Path(options.to)
+        if target.is_dir() or (target.exists() and not options.overwrite):
+            raise ArtifactError(f"{target} exists; name a new file, or pass --overwrite.")
+        try:
+            target.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(f"{target} cannot be written: {error.strerror}.") from error
+    print(PruningReport.from_json((directory / "report.json").read_text(encoding="utf-8")))
+    if options.to is not None:
+        print(f"\npage: {options.to}")
