@@ -45,13 +45,13 @@ OTHER := .venv-transformers/$(TRANSFORMERS)
 
 contract: $(READY)
 ifeq ($(TRANSFORMERS),pinned)
-	@$(BIN)/python -m pytest -q $(TOGETHER) tests/test_testing.py
+	@$(BIN)/python -m pytest -q $(TOGETHER) -m "slow or not slow" -k "not on_more_models" tests/test_testing.py
 else
 	@rm -rf $(OTHER) && mkdir -p $(OTHER)
 	@grep -vE '^(transformers|tokenizers|huggingface)' .ci/constraints.txt > $(OTHER)/constraints.txt
 	@$(PIP) install -qq --target $(OTHER) -c $(OTHER)/constraints.txt transformers$(if $(filter newest,$(TRANSFORMERS)),,==$(TRANSFORMERS))
 	@PYTHONPATH=$(OTHER) $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	@PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q $(TOGETHER) -W default tests/test_testing.py
+	@PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -q $(TOGETHER) -m "slow or not slow" -k "not on_more_models" -W default tests/test_testing.py
 endif
 
 # Not in the constraints: nothing else needs it, and it is built from source.

@@ -106,7 +106,12 @@ def test_every_family_has_an_odd_config():
     assert set(ODD) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", ODD)
+# One of each shape; `make contract` runs them all.
+SHAPES = {"llama", "gemma2", "olmo2", "starcoder2", "phi", "phi3", "gpt2", "bloom"}
+CONTRACT = [pytest.param(f, marks=() if f in SHAPES else pytest.mark.slow) for f in ODD]
+
+
+@pytest.mark.parametrize("family", CONTRACT)
 def test_an_odd_model_passes_the_contract(family):
     found = passes(uneven_norms(tiny_model(family, **ODD[family])))
     if family not in WIDTHS:  # its own class holds any number of heads
