@@ -16,7 +16,7 @@ Allocator = Literal["depth_first", "greedy", "uniform", "global", "joint", "unif
 Compensator = Literal["mean", "least_squares", "sequential", "none"]
 # Those that need covariances.
 SQUARES = ("least_squares", "sequential")
-Granularity = Literal["block", "sub_block", "kv_group", "channel"]
+Granularity = Literal["block", "sub_block", "kv_group", "channel", "expert"]
 UnitScore = Literal["conditional", "entropy", "fluctuation", "random", "activation", "gradient"]
 Sensitivity = Literal["kl", "nll", "frobenius", "transfer_entropy", "none"]
 Resource = Literal["parameters", "flops", "kv_cache_bytes", "weight_bytes", "latency"]
@@ -63,8 +63,8 @@ class PruningConfig:
             layers; ``joint``: the search of ``conditional`` over all damage curves;
             ``uniform_widths``: the same with equal widths in all layers that stay.
         granularities: What may be removed: whole ``block``, whole attention or MLP (``sub_block``),
-            ``kv_group``, ``channel``. What may go whole is also what transfer entropy is measured
-            of.
+            ``kv_group``, ``channel``, ``expert`` (of a mixture of experts, down to those that each
+            token needs). What may go whole is also what transfer entropy is measured of.
         protected_layers: Decoder layers that stay as they are, by index.
         channel_multiple: Kept MLP channels are a multiple of this (or all). None: 64, less on small
             models where 64 channels are too coarse a step for the ratio; the plan records the
@@ -152,7 +152,7 @@ class PruningConfig:
     budget: Resource = "parameters"
     preset: str = "conditional"
     allocator: Allocator | None = None
-    granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
+    granularities: tuple[Granularity, ...] = get_args(Granularity)
     protected_layers: tuple[int, ...] = ()
     channel_multiple: int | None = None
     min_kv_groups: int = 1

@@ -16,7 +16,14 @@ from lit_prune.decoder import SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError
 from lit_prune.latency_table import refuse_other_workload, table_words
 from lit_prune.measuring import needed_bypasses
-from lit_prune.methods import Case, Scores, entropy_scores, plan_of, preset
+from lit_prune.methods import (
+    Case,
+    Scores,
+    entropy_scores,
+    plan_of,
+    preset,
+    refuse_without_rule,
+)
 from lit_prune.metrics import perplexity_of
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery import (
@@ -84,6 +91,7 @@ def make_plan(
     """
     method = preset(config.preset)
     config = method.resolve(config)
+    refuse_without_rule(model, method, config)
     spec = spec_for(model)
     weights = weights_digest(model)  # hashed once, not for every draft
     _check_calibration(model, weights, calibration, config)

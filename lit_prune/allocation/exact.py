@@ -143,7 +143,7 @@ class ReachableTotals:
                 freed = costs[-1] - (self._bias if pays else 0)
                 after = _State(before.pays and not pays, attends, not second)
             else:
-                pays = bool(self._bias) and not part.output_bias
+                pays = bool(self._bias) and part.takes_constant and not part.output_bias
                 cut = part.num_units - count
                 freed = costs[-1] - costs[count] - (self._bias if pays and cut else 0)
                 after = _State(pays and not cut, attends, False)

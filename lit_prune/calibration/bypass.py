@@ -88,7 +88,8 @@ class RecordedRun:
         layers = self._parts.layers
         if unit.kind != "block":
             module = self._parts.sub_block(unit.layer, unit.kind)
-            with silenced(module, constant, returns_weights=unit.kind == "attention"):
+            pair = self._parts.returns_pair(unit.layer, unit.kind)
+            with silenced(module, constant, returns_weights=pair):
                 hidden = _first(layers[unit.layer](hidden, **kwargs))
         for layer in range(unit.layer + 1, len(layers)):
             hidden = _first(layers[layer](hidden, **self._entries[layer][1]))

@@ -2,6 +2,7 @@
 
 from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.describe import fingerprint, spec_for
+from lit_prune.decoder.experts import Experts, Routed
 from lit_prune.decoder.families import FAMILIES, Family, family_of, register_family
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
@@ -13,6 +14,7 @@ from lit_prune.decoder.spec import (
     AttentionSpec,
     BlockSpec,
     DecoderSpec,
+    ExpertsSpec,
     MlpSpec,
     SubBlockKind,
 )
@@ -26,10 +28,13 @@ __all__ = [
     "ConstantOutput",
     "DecoderParts",
     "DecoderSpec",
+    "Experts",
+    "ExpertsSpec",
     "Family",
     "MlpSpec",
     "Price",
     "Remainder",
+    "Routed",
     "SubBlock",
     "SubBlockKind",
     "all_kept",

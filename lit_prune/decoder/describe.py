@@ -17,13 +17,17 @@ from lit_prune.decoder.spec import (
     AttentionSpec,
     BlockSpec,
     DecoderSpec,
+    ExpertsSpec,
     MlpSpec,
     SubBlockKind,
+    SubBlockSpec,
 )
 from lit_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lit_prune.decoder.experts import Routed
 
 
 def spec_for(model: PreTrainedModel) -> DecoderSpec:
@@ -61,7 +65,8 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         total_parameters=sum(p.numel() for p in model.parameters()),
         fingerprint=fingerprint(model),
         refused=tuple(sorted(parts.family.refuses.items())),
-        removed_constants=not any(parts.post_norm_path(kind) for kind in KINDS),
+        removed_constants=parts.family.experts is None
+        and not any(parts.post_norm_path(kind) for kind in KINDS),
     )
 
 
@@ -150,7 +155,7 @@ def refuse_shared_parts(parts: DecoderParts) -> None:
 def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
     layer = parts.layers[index]
     expected: set[str] = set()
-    specs: dict[SubBlockKind, AttentionSpec | MlpSpec | None] = {}
+    specs: dict[SubBlockKind, SubBlockSpec | None] = {}
     constants = 0
     for kind in KINDS:
         path = parts.sub_block_path(kind)
@@ -165,11 +170,12 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
         fixed = sum(
             layer.get_parameter(n).numel() for n in names if not _owned_by_units(parts, kind, n)
         )
-        specs[kind] = (
-            _describe_attention(parts, index, fixed)
-            if kind == "attention"
-            else _describe_mlp(parts, index, fixed)
-        )
+        if kind == "attention":
+            specs[kind] = _describe_attention(parts, index, fixed)
+        elif routed := parts.routed(index):
+            specs[kind] = _describe_experts(parts, index, routed, fixed)
+        else:
+            specs[kind] = _describe_mlp(parts, index, fixed)
     if unknown := sorted(set(dict(layer.named_parameters())) - expected):
         raise UnsupportedModelError(
             f"layer {index} holds the parameter {unknown[0]}, which the {parts.family.model_type} "
@@ -182,7 +188,7 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
         index=index,
         name=f"{parts.family.layers}.{index}",
         attention=cast("AttentionSpec | None", specs["attention"]),
-        mlp=cast("MlpSpec | None", specs["mlp"]),
+        mlp=cast("MlpSpec | ExpertsSpec | None", specs["mlp"]),
         constant_parameters=constants,
         attention_type=types[index] if types else default,
     )
@@ -195,7 +201,15 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
         for path in parts.norm_paths(kind)
         for name, _ in layer.get_submodule(path).named_parameters()
     ]
-    names += family.attention_extras if kind == "attention" else ()
+    names += (*family.attention_extras, *family.per_head) if kind == "attention" else ()
+    if experts := (parts.experts_of(index) if kind == "mlp" else None):
+        modules = (experts.router, experts.bank, *experts.others)
+        names += [
+            f"{path}.{name}"
+            for path in modules
+            for name, _ in layer.get_submodule(path).named_parameters()
+        ]
+        return names
     for path in (*family.inputs(kind), family.output(kind)):
         linear = layer.get_submodule(path)
         if not isinstance(linear, nn.Linear) or linear.weight.ndim != 2:
@@ -212,11 +226,17 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
 def _owned_by_units(parts: DecoderParts, kind: SubBlockKind, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     family = parts.family
+    if family.experts is not None and path in (family.experts.router, family.experts.bank):
+        return True
+    if name in family.per_head:
+        return True
     return path in family.inputs(kind) or (path == family.output(kind) and leaf == "weight")
 
 
 def _unit_parameters(parts: DecoderParts, index: int, kind: SubBlockKind, units: int) -> int:
     rows = sum(p.numel() for linear in parts.inputs(index, kind) for p in linear.parameters())
+    if kind == "attention":
+        rows += sum(p.numel() for p in parts.per_head(index).values())
     return (rows + parts.output(index, kind).weight.numel()) // units
 
 
@@ -233,6 +253,7 @@ def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> Attentio
         and value.weight.shape[0] == key.weight.shape[0]
         and output.weight.shape[1] == query.weight.shape[0]
         and heads == groups * queries_per_group
+        and all(p.shape == (heads,) for p in parts.per_head(index).values())
         and _joins_stream(parts, index, "attention")
     )
     name = f"{parts.family.layers}.{index}.{parts.family.attention}"
@@ -258,6 +279,32 @@ def _joins_stream(parts: DecoderParts, index: int, kind: SubBlockKind) -> bool:
     """Return whether a sub-block reads and writes vectors as wide as the residual stream."""
     read = {linear.weight.shape[1] for linear in parts.inputs(index, kind)}
     return read == {parts.hidden_size} == {parts.output(index, kind).weight.shape[0]}
+
+
+def _describe_experts(parts: DecoderParts, index: int, routed: Routed, fixed: int) -> ExpertsSpec:
+    count, width = routed.num_experts, parts.hidden_size
+    name = f"{parts.family.layers}.{index}.{parts.family.mlp}"
+    counts: set[object] = {len(parameter) for _, _, parameter in routed.owned}
+    counts |= {getattr(module, "num_experts", None) for module in (routed.router, routed.bank)}
+    if (
+        counts != {count}
+        or routed.router.get_parameter("weight").shape != (count, width)
+        or not 1 <= routed.top_k <= count
+    ):
+        shapes = ", ".join(f"{name} {list(p.shape)}" for _, name, p in routed.owned)
+        raise UnsupportedModelError(
+            f"{name} contradicts itself: {shapes}, experts {sorted(map(str, counts))}, top_k "
+            f"{routed.top_k}, hidden size {width}. Every parameter of router and experts must "
+            "have one entry for each expert along its first dimension."
+        )
+    return ExpertsSpec(
+        name=name,
+        num_experts=count,
+        top_k=routed.top_k,
+        hidden_size=width,
+        unit_parameters=sum(p.numel() for _, _, p in routed.owned) // count,
+        fixed_parameters=fixed,
+    )
 
 
 def _describe_mlp(parts: DecoderParts, index: int, fixed: int) -> MlpSpec:

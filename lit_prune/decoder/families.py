@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, get_args
 
 from lit_prune.config import Granularity
+from lit_prune.decoder.experts import Experts
 from lit_prune.errors import ConfigError, UnsupportedModelError, did_you_mean
 
 if TYPE_CHECKING:
@@ -29,11 +30,15 @@ class Family:
         attention_post_norm: Norm over what the attention writes, before it is added to the stream.
         attention_extras: Parameters of the attention that no unit owns (norms over one head), by
             path.
+        per_head: Parameters of the attention with one number for each query head (attention sinks),
+            by path.
         head_counts: Attributes of the attention that say how many query and how many KV heads there
             are, where its code reads them (most read the weights' shapes).
         mlp_norm: Norm in front of the MLP, as ``attention_norm``.
         mlp_post_norm: Norm over what the MLP writes, as ``attention_post_norm``.
         gate: Gate projection; None where the MLP is ``down(act(up(x)))``.
+        experts: Where layers have a mixture of experts in the place of the MLP; None where none
+            has.
         per_layer: Fields of the config, beside ``layer_types``, that list one entry for each layer.
         residual_scale: Field of the config that multiplies what a sub-block adds to the stream.
         refuses: Granularities that cannot be removed exactly, each with the reason, a clause.
@@ -57,6 +62,7 @@ class Family:
     value: str = "self_attn.v_proj"
     attention_output: str = "self_attn.o_proj"
     attention_extras: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
     head_counts: tuple[str, str] | None = None
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
@@ -64,6 +70,7 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     mlp_output: str = "mlp.down_proj"
+    experts: Experts | None = None
     per_layer: tuple[str, ...] = ()
     residual_scale: str | None = None
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -137,6 +144,31 @@ FAMILIES: dict[str, Family] = {
                 "use_parallel_residual": "attention and MLP of a layer read the same stream",
                 "qk_layernorm": "each head has norms of its own, which are not sliced",
             },
+        ),
+        Family(model_type="mixtral", experts=Experts()),
+        Family(
+            model_type="qwen2_moe",
+            experts=Experts(
+                others=("mlp.shared_expert", "mlp.shared_expert_gate"),
+                plain_layers="mlp_only_layers",
+                sparse_step="decoder_sparse_step",
+            ),
+        ),
+        Family(
+            model_type="qwen3_moe",
+            attention_extras=_HEAD_NORMS,
+            experts=Experts(plain_layers="mlp_only_layers", sparse_step="decoder_sparse_step"),
+        ),
+        Family(
+            model_type="olmoe",
+            attention_extras=_HEAD_NORMS,
+            experts=Experts(),
+            refuses=_ONE_NORM,
+        ),
+        Family(
+            model_type="gpt_oss",
+            per_head=("self_attn.sinks",),
+            experts=Experts(router="mlp.router", returns_scores=True),
         ),
     )
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lit_prune.decoder.constant import is_constant
+from lit_prune.decoder.experts import Experts, Routed
 from lit_prune.decoder.families import Family, family_of
 from lit_prune.decoder.spec import KINDS
 
@@ -85,6 +86,11 @@ class DecoderParts:
         queries, keys = self.family.head_counts
         return {queries: groups * self.head_shape(layer)[1], keys: groups}
 
+    def per_head(self, layer: int) -> dict[str, nn.Parameter]:
+        """Return the parameters of an attention with one number for each query head, by path."""
+        block = self.layers[layer]
+        return {path: block.get_parameter(path) for path in self.family.per_head}
+
     def per_layer(self, layer: int) -> tuple[object, ...]:
         """Return what the config says of one layer, beside the type of its attention."""
         lists = (getattr(self.model.config, name, None) for name in self.family.per_layer)
@@ -98,6 +104,30 @@ class DecoderParts:
         """Return whether the sub-block is there, not removed by an earlier pruning."""
         return not is_constant(self.sub_block(layer, kind))
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return where the experts of a layer are; None where it has none, or a plain MLP."""
+        experts = self.family.experts
+        if experts is None or not self.exists(layer, "mlp"):
+            return None
+        return experts if experts.bank in dict(self.layers[layer].named_modules()) else None
+
+    def routed(self, layer: int, kind: SubBlockKind = "mlp") -> Routed | None:
+        """Return the experts of a sub-block; None where it has projections of its own."""
+        experts = self.experts_of(layer) if kind == "mlp" else None
+        if experts is None:
+            return None
+        block = self.layers[layer]
+        return Routed(
+            block.get_submodule(experts.router),
+            block.get_submodule(experts.bank),
+            tuple(block.get_submodule(path) for path in experts.others),
+        )
+
+    def returns_pair(self, layer: int, kind: SubBlockKind) -> bool:
+        """Return whether a sub-block returns something beside its output, for the layer to drop."""
+        experts = self.family.experts
+        return kind == "attention" or (experts is not None and experts.returns_scores)
+
     def places(self) -> tuple[SubBlock, ...]:
         """Return every sub-block that is there, ``(layer, kind)``, in the order of the model."""
         return tuple(
@@ -108,7 +138,10 @@ class DecoderParts:
         )
 
     def inputs(self, layer: int, kind: SubBlockKind) -> tuple[nn.Linear, ...]:
-        """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up)."""
+        """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up).
+
+        Not of experts (`routed`), nor has `output` any there.
+        """
         return tuple(self._linear(layer, path) for path in self.family.inputs(kind))
 
     def output(self, layer: int, kind: SubBlockKind) -> nn.Linear:
@@ -125,7 +158,8 @@ class DecoderParts:
         # Qwen says per layer whether it slides (None: it does not), Mistral only in its config
         own = getattr(self.model.config, "sliding_window", None)
         window = getattr(module, "sliding_window", own)
-        return context_length if window is None else min(context_length, int(window))
+        # Qwen2-MoE says 0 where it does not slide
+        return min(context_length, int(window)) if window else context_length
 
     def _linear(self, layer: int, path: str) -> nn.Linear:
         module = self.layers[layer].get_submodule(path)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torch import nn
+
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.spec import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lit_prune.decoder.experts import Routed
     from lit_prune.decoder.residual import SubBlock
 
 Priced = Literal["flops", "kv_cache_bytes", "weight_bytes"]
@@ -21,7 +24,7 @@ class Price:
     """What a sub-block costs in one resource: ``fixed + kept units * unit``, 0 where it is removed.
 
     Attributes:
-        unit: What one KV group or channel costs.
+        unit: What one KV group, channel or expert costs.
         fixed: What leaves only with the whole sub-block.
         bias: What a new output bias would cost.
     """
@@ -40,8 +43,9 @@ def unit_prices(
         model: A supported causal language model, dense or pruned before.
         resource: ``flops``: floating-point operations for one token, two for each multiply-add of
             the linear weights and of the attention products; biases, norms and softmax are not
-            counted. ``kv_cache_bytes``: what one token leaves in the cache. ``weight_bytes``: bytes
-            of the parameters.
+            counted. Of experts those ``top_k`` count that compute a token, whatever their number:
+            of one that leaves only the row of the router. ``kv_cache_bytes``: what one token leaves
+            in the cache. ``weight_bytes``: bytes of the parameters.
         context_length: Keys that the attention products are counted for (fewer where a sliding
             window is shorter); read for FLOPs only.
 
@@ -74,6 +78,8 @@ def constant_bytes(model: PreTrainedModel) -> int:
 
 def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_length: int) -> Price:
     layer, kind = place
+    if (routed := parts.routed(*place)) is not None:
+        return _experts_price(parts, layer, routed, resource)
     inputs, output = parts.inputs(layer, kind), parts.output(layer, kind)
     width, units = output.weight.shape[1], output.weight.shape[1]
     if kind == "attention":
@@ -91,5 +97,35 @@ def _price(parts: DecoderParts, place: SubBlock, resource: Priced, context_lengt
     norms = [parts.layers[layer].get_submodule(path) for path in parts.norm_paths(kind)]
     whole = sum(p.nbytes for m in (*norms, parts.sub_block(layer, kind)) for p in m.parameters())
     owned = output.weight.nbytes + sum(p.nbytes for linear in inputs for p in linear.parameters())
+    if kind == "attention":
+        owned += sum(p.nbytes for p in parts.per_head(layer).values())
     bias = parts.hidden_size * output.weight.element_size()
     return Price(unit=owned // units, fixed=whole - owned, bias=bias)
+
+
+def _experts_price(parts: DecoderParts, layer: int, routed: Routed, resource: Priced) -> Price:
+    if resource == "kv_cache_bytes":
+        return Price(unit=0)
+    if resource == "flops":
+        row = 2 * routed.router.get_parameter("weight").shape[1]
+        return Price(unit=row, fixed=experts_flops(routed) - row * routed.num_experts)
+    norms = [parts.layers[layer].get_submodule(path) for path in parts.norm_paths("mlp")]
+    modules = (*norms, parts.sub_block(layer, "mlp"))
+    whole = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    owned = sum(parameter.nbytes for _, _, parameter in routed.owned)
+    return Price(unit=owned // routed.num_experts, fixed=whole - owned)
+
+
+def experts_flops(routed: Routed) -> int:
+    """Return the floating-point operations of a layer's experts for one token.
+
+    The router, ``top_k`` experts, and the linear layers that every token passes.
+    """
+    banked = sum(p.numel() for p in routed.bank.parameters() if p.ndim == 3)
+    linears = (m for other in routed.others for m in other.modules() if isinstance(m, nn.Linear))
+    multiplied = (
+        routed.router.get_parameter("weight").numel()
+        + banked // routed.num_experts * routed.top_k
+        + sum(linear.weight.numel() for linear in linears)
+    )
+    return 2 * multiplied

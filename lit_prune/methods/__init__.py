@@ -25,6 +25,7 @@ from lit_prune.methods import (
 )
 from lit_prune.methods.decision import Case, Decision, Judge, Kept, Method, plan_of
 from lit_prune.methods.entropy import Scores, entropy_scores
+from lit_prune.methods.experts import refuse_without_rule
 
 _METHODS = (
     conditional.METHOD,
@@ -76,4 +77,5 @@ __all__ = [
     "entropy_scores",
     "plan_of",
     "preset",
+    "refuse_without_rule",
 ]

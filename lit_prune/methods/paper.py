@@ -230,7 +230,8 @@ def _search(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> Sele
         options["node_limit"] = config.node_limit
     # with channels to give back, any overshoot can be repaired; without, the search itself must hit
     # the window
-    if "channel" in config.granularities:
+    fine = any(part.unit == "channel" for _, part in budget.spec.sub_blocks)
+    if fine and "channel" in config.granularities:
         windows: list[tuple[float, float | None]] = [(missing - slack, None)]
     else:
         windows = [

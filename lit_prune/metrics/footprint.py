@@ -112,6 +112,7 @@ def footprint_of(
         decoder_parameters=_num_parameters(parts.layers.parameters()),
         total_parameters=_num_parameters(model.parameters()),
         flops_per_token=_linear_flops(parts.layers)
+        + sum(_expert_flops(parts, layer) for layer in range(len(parts.layers)))
         + sum(_attention_flops(*where, context_length) for where in attention),
         head_flops_per_token=0 if head is None else 2 * head.weight.numel(),
         context_length=context_length,
@@ -133,6 +134,15 @@ def _linear_flops(layers: nn.Module) -> int:
     # `remove_duplicate` stays off: a linear that is used twice is computed twice
     modules = (module for _, module in layers.named_modules(remove_duplicate=False))
     return sum(2 * module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
+
+def _expert_flops(parts: DecoderParts, layer: int) -> int:
+    """Count the router and the experts that one token meets: they are no `nn.Linear`."""
+    if (routed := parts.routed(layer)) is None:
+        return 0
+    met = routed.top_k / routed.num_experts
+    packed = sum(p.numel() for p in routed.bank.parameters() if p.ndim == 3)
+    return round(2 * packed * met) + 2 * routed.router.get_parameter("weight").numel()
 
 
 def _attention_flops(parts: DecoderParts, layer: int, context_length: int) -> int:

@@ -16,6 +16,7 @@ from lit_prune.decoder.layout import (
     layout_of,
     projections,
 )
+from lit_prune.saving.experts import widened_experts
 from lit_prune.saving.weights import tensors_of
 
 if TYPE_CHECKING:
@@ -131,8 +132,11 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
     prefix = f"{family.layers}.{index}."
     own = {n.removeprefix(prefix): t for n, t in body.tensors.items() if n.startswith(prefix)}
     like = next(iter(body.tensors.values()))
-    wide: dict[str, Tensor] = {}
+    experts = widened_experts(body, layer, own)
+    wide: dict[str, Tensor] = {**(experts or {})}
     for path, (narrow, new) in _units(body, layer, widths).items():
+        if experts is not None and path in projections(family, "mlp"):
+            continue
         weight, bias = own.get(f"{path}.weight"), own.get(f"{path}.bias")
         narrow_rows, new_rows = (*narrow, body.hidden_size), (*new, body.hidden_size)
         if path in (
@@ -155,6 +159,9 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
         for leaf in ("weight", "bias"):  # those of the last one, which is of the same class
             if (last := body.tensors.get(f"{family.final_norm}.{leaf}")) is not None:
                 wide[f"{norm}.{leaf}"] = own.get(f"{norm}.{leaf}", torch.ones_like(last))
+    for path in family.per_head:
+        narrow, new = (tuple(axes[:2]) for axes in _units(body, layer, widths)[family.query])
+        wide[path] = _grow(own.get(path), narrow, new, like).flatten()
     for path in family.attention_extras:
         others = (t for n, t in body.tensors.items() if n.endswith(f".{path}"))
         wide[path] = own.get(path, torch.ones_like(next(others, like.new_ones(body.head_dim))))

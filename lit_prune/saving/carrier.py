@@ -13,6 +13,7 @@ from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
 from lit_prune.saving.difference import difference, other_trait
+from lit_prune.saving.experts import uneven_experts, width_fields
 from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.servers import vllm_notes
 from lit_prune.saving.skeleton import as_read, build, stock_classes
@@ -49,6 +50,7 @@ class Target:
 
 _ONLY_ATTENTION = {"attention_bias": _ATTENTION}
 _BEHIND = "norms behind sub-blocks"
+_EXPERTS = "mixtures of experts"
 _BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
     "llama": Target(flags=_BOTH, divisor=True),
@@ -70,6 +72,11 @@ TARGETS = {
     "stablelm": Target(
         flags={"use_qkv_bias": _QKV}, even_heads=True, unlike="partly rotary positions"
     ),
+    "mixtral": Target(unlike=_EXPERTS),
+    "qwen2_moe": Target(flags={"qkv_bias": _QKV}, unlike=_EXPERTS),
+    "qwen3_moe": Target(flags=_ONLY_ATTENTION, unlike=_EXPERTS),
+    "olmoe": Target(flags=_ONLY_ATTENTION, unlike=_EXPERTS),
+    "gpt_oss": Target(flags=_ONLY_ATTENTION, unlike=_EXPERTS),
 }
 CARRIER = "granite"
 
@@ -147,7 +154,7 @@ def _blocked(
         )
     own = body.family.model_type
     if target == own:
-        return None
+        return uneven_experts(body)
     if own not in TARGETS:
         return f"whether {class_name} computes what {type(model).__name__} does is not known"
     if TARGETS[own].unlike is not None:
@@ -194,7 +201,7 @@ def _in(
         "head_dim": body.head_dim,
         "num_key_value_heads": widths.kv_groups,
         "num_attention_heads": widths.kv_groups * widths.queries_per_group,
-        "intermediate_size": widths.channels,
+        **width_fields(body, widths),
     }
     config = as_read(raw)
     skeleton = build(config)

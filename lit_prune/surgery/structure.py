@@ -74,6 +74,11 @@ def take_structure(model: PreTrainedModel, shapes: Shapes) -> bool:
         for part in block.sub_blocks if block.index in found else ():
             place: SubBlock = (block.index, part.kind)
             count = _units(parts, place, shapes)
+            if 0 < count < part.least_units:
+                raise _mismatch(
+                    f"layer {block.index} has {count} experts there, and a token needs "
+                    f"{part.least_units}"
+                )
             if count > part.num_units:
                 raise _mismatch(
                     f"layer {block.index} {part.kind} has {count} units there, {part.num_units} "
@@ -81,7 +86,7 @@ def take_structure(model: PreTrainedModel, shapes: Shapes) -> bool:
                 )
             kept[part.kind] = tuple(range(count))
             added = f"{_layer(parts.family, block.index)}.{_bias(parts, place, count)}"
-            if added in shapes and not (count and part.output_bias):
+            if part.takes_constant and added in shapes and not (count and part.output_bias):
                 constants[place if count else LEADING] = torch.zeros(spec.hidden_size).double()
         layers.append(LayerPlan(block.index, kept["attention"], kept["mlp"]))
     plan = PruningPlan(spec.fingerprint, tuple(layers))
@@ -106,6 +111,9 @@ def _units(parts: DecoderParts, place: SubBlock, shapes: Shapes) -> int:
     """Return how many units the weights of a sub-block have; 0 where there are none."""
     index, kind = place
     family, layer = parts.family, _layer(parts.family, index)
+    if (experts := parts.experts_of(index)) is not None and kind == "mlp":
+        shape = shapes.get(f"{layer}.{experts.router}.weight")
+        return 0 if shape is None else shape[0]
     if kind == "mlp":
         shape = shapes.get(f"{layer}.{family.mlp_output}.weight")
         return 0 if shape is None else shape[1]

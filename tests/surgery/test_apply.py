@@ -18,6 +18,7 @@ from lit_prune.surgery import (
     StagedEdits,
     apply,
     apply_plan,
+    compare,
     masked,
     mean_compensation,
     weights_digest,
@@ -389,7 +390,7 @@ def test_f26_out_of_memory_while_staging(monkeypatch):
 def test_f26_ctrl_c_while_checking(moment, monkeypatch):
     model = tiny_model(layers=5)
     plan, compensation = compensated(model)
-    plain, calls = apply._logits, []
+    plain, calls = apply.logits_of, []
 
     def interrupted(*args):
         calls.append(1)
@@ -397,7 +398,8 @@ def test_f26_ctrl_c_while_checking(moment, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(apply, "_logits", interrupted)
+    for module in (apply, compare):
+        monkeypatch.setattr(module, "logits_of", interrupted)
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         apply_plan(model, plan, compensation)
 
