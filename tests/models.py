@@ -70,3 +70,33 @@ def padded_batch(rows, *, side="right", pad=0, extra=0):
 def batches_of(rows, size=4, **options):
     """Rows as a list of padded batches."""
     return [padded_batch(rows[i : i + size], **options) for i in range(0, len(rows), size)]
+
+
+# Mixtures of experts: six, of which a token meets two; a shared expert, plain layers, sinks.
+_SIX = {"num_experts_per_tok": 2, "num_experts": 6}
+MIXTURES = {
+    "mixtral": {**_SIX, "intermediate_size": 20, "sliding_window": 8},
+    "qwen2_moe": {
+        **_SIX, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        **_SIX, "moe_intermediate_size": 20, "mlp_only_layers": [1], "norm_topk_prob": True,
+        "head_dim": 10, "attention_bias": True,
+    },
+    "olmoe": {**_SIX, "intermediate_size": 20, "clip_qkv": 2.0},
+    "gpt_oss": {**_SIX, "intermediate_size": 20, "sliding_window": 8, "kv_heads": 1},
+}  # fmt: skip
+
+
+def tiny_mixture(family="mixtral", **overrides):
+    """A random mixture of experts, otherwise as `tiny_model`.
+
+    The exact kernels: those that are chosen by default differ between one token and many.
+    """
+    options = {**MIXTURES[family], **overrides}
+    if family == "gpt_oss":  # its usual positions are stretched for 131,072 tokens
+        options.setdefault("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
+    model = tiny_model(family, **options)
+    model.set_experts_implementation("eager")
+    return model

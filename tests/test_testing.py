@@ -28,7 +28,7 @@ from lit_prune.surgery import Compensation, apply_plan, mean_compensation, weigh
 from lit_prune.surgery.structure import take_structure
 from lit_prune.testing import check_family
 from lit_prune.testing.plans import random_plan
-from tests.models import batches_of, tiny_model, tiny_rows
+from tests.models import MIXTURES, batches_of, tiny_mixture, tiny_model, tiny_rows
 from tests.state import counted_forwards, state_digest, unchanged
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
@@ -88,7 +88,7 @@ def passes(model):
 
 
 def test_every_family_has_an_odd_config():
-    assert set(ODD) == set(FAMILIES)
+    assert set(ODD) | set(MIXTURES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", ODD)
@@ -104,6 +104,26 @@ def test_an_odd_model_passes_the_contract(family):
 @pytest.mark.parametrize("family", ODD)
 def test_the_contract_on_more_models(family, kv_heads, seed):
     passes(uneven_norms(tiny_model(family, kv_heads=kv_heads, seed=seed, tie=bool(seed % 2))))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family == "qwen3_moe" else pytest.param(family, marks=pytest.mark.slow)
+        for family in MIXTURES
+    ],
+)
+def test_a_mixture_of_experts_passes_the_contract(family):
+    model = uneven_norms(tiny_mixture(family, layers=3))
+    before = state_digest(model)
+    found = check_family(model)
+    assert state_digest(model) == before
+    assert {*found.granularities, *found.refused} == {
+        "block", "sub_block", "kv_group", "expert", *(["channel"] if "qwen" in family else []),
+    }  # fmt: skip
+    assert set(found.refused) == ({"kv_group"} if family == "olmoe" else set())
+    assert not found.constants
+    assert found.formats["stock (alike)"].startswith("held"), found.formats
 
 
 # ---- a family of one's own ----

@@ -37,6 +37,8 @@ class Experts:
             experts there are.
         plain_layers: Field of the config that lists the layers with a plain MLP.
         sparse_step: Field of the config that says that only every n-th layer has experts.
+        stored_apart: Whether published checkpoints hold every expert in tensors of its own, which
+            transformers packs when it loads them. Other readers want them so.
     """
 
     router: str = "mlp.gate"
@@ -46,6 +48,7 @@ class Experts:
     count: str = "num_experts"
     plain_layers: str | None = None
     sparse_step: str | None = None
+    stored_apart: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,7 +168,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gpt_oss",
             per_head=("self_attn.sinks",),
-            experts=Experts(router="mlp.router", returns_scores=True),
+            experts=Experts(router="mlp.router", returns_scores=True, stored_apart=False),
         ),
     )
 }

@@ -13,7 +13,7 @@ from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
 from lit_prune.saving.difference import difference, other_trait
-from lit_prune.saving.experts import uneven_experts, width_fields
+from lit_prune.saving.experts import packed_notes, uneven_experts, width_fields
 from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.servers import vllm_notes
 from lit_prune.saving.skeleton import as_read, build, stock_classes
@@ -207,7 +207,8 @@ def _in(
     skeleton = build(config)
     if difference(skeleton, model) is None:
         tensors, ties = tensors_of(model)
-        return _prepared(name, config, tensors, ties, skeleton, verbatim=True)
+        packed = packed_notes(body)
+        return _prepared(name, config, tensors, ties, skeleton, verbatim=True, notes=packed)
     numbers = {index: position for position, index in enumerate(body.layers)}
     layers = f"{body.family.layers}."
     tensors = {n: t for n, t in body.tensors.items() if not n.startswith(layers)}
@@ -223,7 +224,7 @@ def _in(
             name,
             f"rebuilt from its own config it differs in {found}. Was a module replaced by hand?",
         )
-    notes = [*body.notes, *_taxes(model, skeleton)]
+    notes = [*body.notes, *packed_notes(body), *_taxes(model, skeleton)]
     if relabelled:
         notes.insert(
             0,

@@ -51,6 +51,17 @@ def width_fields(body: Body, widths: Widths) -> dict[str, Any]:
     return fields
 
 
+def packed_notes(body: Body) -> tuple[str, ...]:
+    """Say what other readers than transformers make of packed experts."""
+    experts = body.family.experts
+    if experts is None or not experts.stored_apart:
+        return ()
+    return (
+        "Experts are stored packed, as transformers 5 holds them. Servers that read one tensor for "
+        "each expert want what AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) writes.",
+    )
+
+
 def widened_experts(
     body: Body, layer: LayerLayout, own: dict[str, Tensor]
 ) -> dict[str, Tensor] | None:
