@@ -445,7 +445,7 @@ def test_f30_half_precision_rounding_is_not_mistaken_for_a_fault():
 
 
 def test_f06_an_unsupported_family_names_the_supported_ones():
-    from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel, PhimoeConfig, PhimoeForCausalLM
 
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8))
     with pytest.raises(
@@ -453,12 +453,12 @@ def test_f06_an_unsupported_family_names_the_supported_ones():
         match=r"model_type 'gpt2'.*: gemma, gemma2, .*, llama, .*register_family",
     ):
         spec_for(gpt2)
-    config = MixtralConfig(
+    config = PhimoeConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, num_local_experts=2, vocab_size=8,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral'.*register_family"):
-        spec_for(MixtralForCausalLM(config))
+    with pytest.raises(UnsupportedModelError, match=r"'phimoe'.*register_family"):
+        spec_for(PhimoeForCausalLM(config))
     with pytest.raises(UnsupportedModelError, match="is not a causal language model with a head"):
         spec_for(tiny_model(layers=1).model)
     with pytest.raises(UnsupportedModelError, match="holds no Hugging Face causal language model"):
