@@ -124,6 +124,7 @@ def test_a_mixture_of_experts_passes_the_contract(family):
     assert set(found.refused) == ({"kv_group"} if family == "olmoe" else set())
     assert not found.constants
     assert found.formats["stock (alike)"].startswith("held"), found.formats
+    assert found.formats["heterogeneous"] == "held"
 
 
 # ---- a family of one's own ----

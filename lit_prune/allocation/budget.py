@@ -196,12 +196,6 @@ def within_family(
             f"compensation {config.compensation!r} does not reach experts: tokens of those that "
             "leave are routed to the next best that stay, and no weight or bias is fitted there"
         )
-    if spec.has_experts and "expert" in left and config.allocator != "uniform_widths":
-        notes.append(
-            "layers may keep different numbers of experts, which no format of save_pruned holds "
-            "(the plan makes the model again from the dense one): allocator 'uniform_widths' keeps "
-            "as many everywhere"
-        )
     return replace(config, granularities=left) if refused else config, tuple(notes)
 
 

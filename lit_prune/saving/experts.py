@@ -16,6 +16,7 @@ from lit_prune.decoder.layout import ExpertsLayout, MlpLayout, RemovedLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_prune.decoder import Family
     from lit_prune.decoder.layout import LayerLayout
     from lit_prune.saving.body import Body, Widths
 
@@ -36,6 +37,22 @@ def uneven_experts(body: Body) -> str | None:
     return None
 
 
+def count_field(family: Family) -> str | None:
+    """Return how ``config.json`` of a stock class calls the number of experts.
+
+    Example:
+        >>> from lit_prune.decoder import FAMILIES
+        >>> count_field(FAMILIES["mixtral"]), count_field(FAMILIES["olmoe"])
+        ('num_local_experts', 'num_experts')
+    """
+    from transformers import CONFIG_MAPPING
+
+    if family.experts is None:
+        return None
+    count = family.experts.count
+    return str(CONFIG_MAPPING[family.model_type].attribute_map.get(count, count))
+
+
 def width_fields(body: Body, widths: Widths) -> dict[str, Any]:
     """Return what a config says about MLPs and experts of one width each.
 
@@ -46,8 +63,8 @@ def width_fields(body: Body, widths: Widths) -> dict[str, Any]:
     counts = {part.experts for part in parts if isinstance(part, ExpertsLayout)}
     if not counts or any(isinstance(part, MlpLayout) for part in parts):
         fields["intermediate_size"] = widths.channels
-    if counts and body.family.experts is not None:
-        fields[body.family.experts.count] = max(counts)
+    if counts and (count := count_field(body.family)) is not None:
+        fields[count] = max(counts)
     return fields
 
 

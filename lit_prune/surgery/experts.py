@@ -61,7 +61,9 @@ def expert_fields(
         if part.unit == "expert" and index in blocks
     } - {0}
     if len(left) == 1:
-        count = fields[experts.count] = left.pop()
+        count = left.pop()
+        if not getattr(parts.model.config, "is_heterogeneous", False):
+            fields[experts.count] = count
         if hasattr(parts.model, experts.count):
             edits.attribute(parts.model, experts.count, count)
     if len(blocks) < len(spec.blocks) and experts.plain_layers is not None:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lit_prune.decoder import spec_for
-from lit_prune.errors import FormatError
+from lit_prune.decoder import DecoderParts, spec_for
+from lit_prune.errors import ArtifactError, FormatError
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.saving import load_pruned, save_pruned
+from lit_prune.saving.files import read_json
 from lit_prune.surgery import apply_plan
 from tests.models import MIXTURES, tiny_mixture, tiny_rows
+from tests.saving.cases import alter, forge
 from tests.state import state_digest
 
 IDS = torch.stack(tiny_rows(3, 16))
@@ -73,22 +75,86 @@ def test_what_went_whole_is_put_back_as_zeros(family, tmp_path):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_with_different_numbers_of_experts_are_refused_with_what_to_do(tmp_path):
+def uneven(family):
+    """Every layer another number of experts, one without MLP, one without attention."""
+    model = tiny_mixture(family)
+    refused = dict(spec_for(model).refused)
+
+    def keep(block, groups, units):
+        index = block.index
+        fewer = groups if "kv_group" in refused or index else groups[:1]
+        return () if index == 2 else fewer, () if index == 1 else units[index:]
+
+    return cut(model, keep)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_layers_that_differ_go_into_a_class_of_their_own(family, tmp_path):
+    model = uneven(family)
+    path = save_pruned(model, tmp_path / "saved", verify=False)
+    assert read_json(path / "config.json")["model_type"] == f"pruned_{family}"
+    same(path, model)
+    loaded = load_pruned(path)
+    assert spec_for(loaded) == spec_for(model)
+    ids = IDS.clone()
+    loaded(input_ids=ids, labels=ids).loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in loaded.parameters())
+    loaded.set_experts_implementation("batched_mm")
+    parts = DecoderParts(loaded)
+    for layer in range(4):
+        if (routed := parts.routed(layer)) is not None:
+            assert routed.bank.config._experts_implementation == "batched_mm"
+
+
+def test_a_loaded_mixture_is_pruned_again_and_saved_again(tmp_path):
+    first = load_pruned(save_pruned(uneven("qwen3_moe"), tmp_path / "a", verify=False))
+    first.set_experts_implementation("eager")
+    cut(first, lambda _block, groups, units: (groups, units[1:] if len(units) > 2 else units))
+    for name in ("b", "c"):
+        if name == "b":
+            save_pruned(first, tmp_path / name, format="heterogeneous", verify=False)
+        else:
+            first.save_pretrained(tmp_path / name)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        again.set_experts_implementation("eager")
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=IDS).logits, first(input_ids=IDS).logits)
+
+
+def test_what_a_stock_class_cannot_hold_says_what_to_do(tmp_path):
     model = tiny_mixture("mixtral")
     cut(model, lambda block, groups, units: (groups, units[block.index :]))
     for name, reason in {
-        "stock": "layer 1 has num_experts 5 and layer 0 has 6",
-        "heterogeneous": "no model file for mixtral",
+        "stock": "layer 1 has num_experts 5 and layer 0 has 6.*heterogeneous",
         "padded": "an expert of zeros would be chosen .*allocator='uniform_widths'",
-        "auto": "layer 1 has num_experts 5.*no model file for mixtral",
     }.items():
         with pytest.raises(FormatError, match=reason):
             save_pruned(model, tmp_path / "saved", format=name, verify=False)
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_experts": 1}, "num_experts is 1, each token is routed to 2"),
+        ({"intermediate_size": 4}, "contradicts its skip"),
+        ({"num_experts": "3"}, "must be a positive 32-bit integer"),
+        ({"num_experts": 5}, "config.json asks for"),
+    ],
+)
+def test_a_config_that_contradicts_the_experts_is_refused(change, reason, tmp_path):
+    path = save_pruned(uneven("mixtral"), tmp_path / "saved", verify=False)
+    alter(path / "config.json", lambda config: config["per_layer_config"]["3"].update(change))
+    forge(path)
+    with pytest.raises(ArtifactError, match=reason):
+        load_pruned(path)
+
+
 @pytest.mark.slow
-def test_a_fresh_process_agrees(tmp_path):
-    model = cut(tiny_mixture("qwen3_moe"), lambda _block, groups, units: (groups, units[1:]))
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize("kind", ["stock", "heterogeneous"])
+def test_a_fresh_process_agrees(family, kind, tmp_path):
+    """Without this package, too: the check trusts the model file that lies beside the weights."""
+    model = uneven(family) if kind == "heterogeneous" else tiny_mixture(family)
     model.set_experts_implementation("grouped_mm")
-    save_pruned(model, tmp_path / "saved", format="stock")
+    save_pruned(model, tmp_path / "saved", format=kind)

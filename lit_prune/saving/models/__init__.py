@@ -1,6 +1,7 @@
 """Model files that travel with a saved directory: self-contained, they never import lit_prune.
 
-``modeling_pruned_llama.py`` is the master; the others are the same text under other names.
+Two are masters, ``modeling_pruned_llama.py`` and, of mixtures of experts,
+``modeling_pruned_mixtral.py``; the others are the same text under other names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 from lit_prune.decoder.families import PRUNED
 
 # Families with a model file, so that layers may differ in a saved directory.
-HELD = ("llama", "mistral", "qwen2", "qwen3", "granite")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "granite")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+HELD = DENSE + MIXTURES
 MODEL_FILES = frozenset(f"modeling_{PRUNED}{family}.py" for family in HELD)
 
 
@@ -27,8 +30,10 @@ def class_names(family: str) -> tuple[str, str]:
     Example:
         >>> class_names("llama")
         ('PrunedLlamaConfig', 'PrunedLlamaForCausalLM')
+        >>> class_names("qwen3_moe")[0]
+        'PrunedQwen3MoeConfig'
     """
-    stem = f"Pruned{family.capitalize()}"
+    stem = "".join(part.capitalize() for part in ("pruned", *family.split("_")))
     return f"{stem}Config", f"{stem}ForCausalLM"
 
 
