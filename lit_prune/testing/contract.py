@@ -120,8 +120,7 @@ class _Case:
 
     def __init__(self, model: PreTrainedModel, rng: random.Random) -> None:
         self.spec = spec_for(model)
-        if self.spec.has_experts:
-            # rounding decides between two equally good experts: float64 leaves no such tokens
+        if self.spec.has_experts:  # rounding decides between equally good ones, but in float64
             model = model.double()
         self.model, self.rng, self.done = _plain_loops(model), rng, list[str]()
         refused = dict(self.spec.refused)
@@ -343,10 +342,9 @@ def _add_parameter(parts: DecoderParts) -> None:
 
 
 def _widen(parts: DecoderParts) -> None:
+    """Give the last MLP a channel more than the others know, or the experts one more."""
     last = len(parts.layers) - 1
-    if (routed := parts.routed(last)) is not None:
-        module, name, parameter = routed.owned[-1]  # one expert more than the router knows
-        setattr(module, name, nn.Parameter(torch.cat([parameter, parameter[:1]]).detach()))
-        return
-    linear = parts.output(last, "mlp")
-    linear.weight = nn.Parameter(torch.cat([linear.weight, linear.weight[:, :1]], 1).detach())
+    routed = parts.routed(last)
+    module, name = routed.owned[-1][:2] if routed else (parts.output(last, "mlp"), "weight")
+    weight, dim = module.get_parameter(name), 0 if routed else 1
+    setattr(module, name, nn.Parameter(torch.cat([weight, weight.narrow(dim, 0, 1)], dim).detach()))
