@@ -30,6 +30,8 @@ UNLIKE = {
         '"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),',
         '"mlp": ("gate_proj", "up_proj", "down_proj"),',
         "self.mlp.config = self.self_attn.config = config  # where set_attn_implementation writes",
+        "class PrunedPhi3ForTokenClassification(",  # on one line there
+        "_Strict, GenericForTokenClassification, Phi3PreTrainedModel",
     }
 }
 KINDS = ("no_first_attention_mean", "leading_mean", "no_mlp", "uneven")
