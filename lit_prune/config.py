@@ -16,7 +16,7 @@ Allocator = Literal["depth_first", "greedy", "uniform", "global", "joint", "unif
 Compensator = Literal["mean", "least_squares", "sequential", "none"]
 # Those that need covariances.
 SQUARES = ("least_squares", "sequential")
-Granularity = Literal["block", "sub_block", "kv_group", "channel"]
+Granularity = Literal["block", "sub_block", "kv_group", "channel", "expert"]
 UnitScore = Literal["conditional", "entropy", "fluctuation", "random", "activation", "gradient"]
 Sensitivity = Literal["kl", "nll", "frobenius", "transfer_entropy", "none"]
 Resource = Literal["parameters", "flops", "kv_cache_bytes", "weight_bytes", "latency"]
@@ -84,8 +84,8 @@ class PruningConfig:
             layers; ``joint``: the search of ``conditional`` over all damage curves;
             ``uniform_widths``: the same with equal widths in all layers that stay.
         granularities: What may be removed: whole ``block``, whole attention or MLP (``sub_block``),
-            ``kv_group``, ``channel``. What may go whole is also what transfer entropy is measured
-            of.
+            ``kv_group``, ``channel``, ``expert`` (of a mixture of experts, down to those that each
+            token needs). What may go whole is also what transfer entropy is measured of.
         protected_layers: Decoder layers that stay as they are, by index.
         channel_multiple: Kept MLP channels are a multiple of this (or all). None: 64, less on small
             models where 64 channels are too coarse a step for the ratio; the plan records the
@@ -148,8 +148,7 @@ class PruningConfig:
             inverted.
         seed: Seed of K-means and of random choices.
 
-        max_calibration_tokens: Stop observing after this many real tokens (128 samples of 2048 in
-            the paper).
+        max_calibration_tokens: Stop observing after so many real tokens (the paper: 128 * 2048).
         min_calibration_tokens: Refuse to calibrate on fewer real tokens.
         covariance_bytes: Bytes of covariances (float64) that one pass over the text may hold on the
             device; a model that needs more is passed over several times. All of them end in the
@@ -180,7 +179,7 @@ class PruningConfig:
     ratio_tolerance: float = RATIO_TOLERANCE
     preset: str = "conditional"
     allocator: Allocator | None = None
-    granularities: tuple[Granularity, ...] = ("block", "sub_block", "kv_group", "channel")
+    granularities: tuple[Granularity, ...] = get_args(Granularity)
     protected_layers: tuple[int, ...] = ()
     channel_multiple: int | None = None
     min_kv_groups: int = 1

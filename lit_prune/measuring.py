@@ -21,7 +21,13 @@ from lit_prune.calibration import (
 )
 from lit_prune.decoder import DecoderParts, SubBlock, spec_for
 from lit_prune.errors import ScoreError
-from lit_prune.importance import damage_curve, damped, order_damage
+from lit_prune.importance import (
+    damage_curve,
+    damped,
+    experts_damage,
+    experts_order,
+    order_damage,
+)
 from lit_prune.latency_table import latency_from_json, latency_to_json, with_latency_table
 from lit_prune.methods import preset
 from lit_prune.ranks import ALONE
@@ -158,6 +164,9 @@ def damage_curves(
     curves: dict[SubBlock, Tensor] = {}
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
+        if part.unit == "expert":
+            curves[place] = experts_curve((calibration.covariances or {})[place])
+            continue
         weight = parts.output(*place).weight.detach()
         covariance = (calibration.covariances or {})[place].to(weight.device)
         covariance = damped(covariance, config.damping)
@@ -172,10 +181,21 @@ def damage_curves(
     return curves
 
 
+def experts_curve(gram: Tensor, order: Tensor | None = None) -> Tensor:
+    """Return order and damage of experts; the damage twice, as nothing is compensated."""
+    order = experts_order(gram) if order is None else order
+    damage = experts_damage(gram, order)
+    leaves = torch.cat([order.new_full((1,), -1), order])
+    return torch.stack([leaves.double(), damage, damage], 1)
+
+
 def _about(other: Replayed, calibrated: Replayed) -> dict[SubBlock, Tensor]:
     """Return second moments of one text about the means of another."""
     moments = {}
     for place, covariance in other.covariances.items():
+        if len(other.units[place][0]) != len(covariance):  # experts: about zero, not their means
+            moments[place] = covariance
+            continue
         shift = other.units[place][0] - calibrated.units[place][0]
         moments[place] = covariance + torch.outer(shift, shift)
     return moments

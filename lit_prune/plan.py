@@ -26,7 +26,8 @@ class LayerPlan:
     Attributes:
         index: Position in the stack of that model.
         kv_groups: Kept KV groups, ascending; ``()`` removes the attention sub-block.
-        channels: Kept intermediate channels, ascending; ``()`` removes the MLP sub-block.
+        channels: Kept intermediate channels, or experts where the layer has a mixture of them,
+            ascending; ``()`` removes the MLP sub-block.
     """
 
     index: int
@@ -250,6 +251,12 @@ class PruningPlan:
                         f"{what} of layer {position} must lie in [0, {size}), got {kept[0]} … "
                         f"{kept[-1]}."
                     )
+            least = block.mlp.least_units if block.mlp else 0
+            if 0 < len(layer.channels) < least:
+                raise PlanMismatchError(
+                    f"layer {position} keeps {len(layer.channels)} of {sizes[1]} experts, and each "
+                    f"token is routed to {least} of them. Keep {least} or more, or none."
+                )
             self._refuse_inexact(spec, position, sizes)
         if any(b.attention for b in spec.blocks) and not any(x.kv_groups for x in self.layers):
             raise PlanMismatchError(
@@ -260,18 +267,20 @@ class PruningPlan:
     def _refuse_inexact(self, spec: DecoderSpec, position: int, sizes: tuple[int, int]) -> None:
         """Refuse to remove what the family cannot lose exactly."""
         kept = tuple(map(len, (self.layers[position].kv_groups, self.layers[position].channels)))
+        mlp = spec.blocks[position].mlp
+        unit = mlp.unit if mlp else "channel"
         gone = [not left for left, size in zip(kept, sizes, strict=True) if size]
         removed = {
             "block": bool(gone) and all(gone),
             "sub_block": any(gone) and not all(gone),
             "kv_group": 0 < kept[0] < sizes[0],
-            "channel": 0 < kept[1] < sizes[1],
+            unit: 0 < kept[1] < sizes[1],
         }
         for granularity, reason in spec.refused:
-            if removed[granularity]:
+            if removed.get(granularity):
                 raise PlanMismatchError(
                     f"layer {position} keeps {kept[0]} of {sizes[0]} KV groups and {kept[1]} of "
-                    f"{sizes[1]} channels, which removes a granularity ({granularity!r}) that "
+                    f"{sizes[1]} {unit}s, which removes a granularity ({granularity!r}) that "
                     f"{spec.model_type} models cannot lose exactly, as {reason}."
                 )
 

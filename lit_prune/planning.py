@@ -23,6 +23,7 @@ from lit_prune.methods import (
     plan_of,
     preset,
     prices_of,
+    refuse_without_rule,
     sizes_of,
 )
 from lit_prune.metrics import quality_of
@@ -92,6 +93,7 @@ def make_plan(
     """
     method = preset(config.preset)
     config = method.resolve(config)
+    refuse_without_rule(model, method, config)
     spec = spec_for(model)
     weights = weights_digest(model)  # hashed once, not for every draft
     _check_calibration(model, weights, calibration, config)

@@ -15,7 +15,7 @@ from lit_prune.decoder import text_view, whole_of
 from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.measurement import Measurement, conditions, measure, predicted_rows, report_rows
 from lit_prune.measuring import calibrate
-from lit_prune.methods import Scores, preset
+from lit_prune.methods import Scores, preset, refuse_without_rule
 from lit_prune.planning import Planned, make_plan, same_plan, versions
 from lit_prune.ranks import ALONE
 from lit_prune.record import PruningRecord
@@ -126,6 +126,7 @@ def prune(
     config = PruningConfig.from_options(options)
     config = preset(config.preset).resolve(config)
     model = text_view(model)
+    refuse_without_rule(model, preset(config.preset), config)
     refuse_impossible(model, config)
     refuse_non_finite_weights(model)
     if calibration is None:

@@ -168,6 +168,7 @@ def sequential_compensation(
                     not changed  # both streams are the same so far
                     or block.index in protected_layers
                     or (not kept and not constants)
+                    or not part.takes_constant
                 ):
                     continue
                 columns = unit_columns(kept, part.unit_width)

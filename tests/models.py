@@ -26,7 +26,25 @@ SEQUENTIAL = {
     "falcon": {"parallel_attn": False},
 }
 
-
+# Mixtures of experts: six, of which a token meets two; a shared expert, plain layers, sinks.
+_SIX = {"num_experts_per_tok": 2, "num_experts": 6}
+MIXTURES = {
+    "mixtral": {**_SIX, "intermediate_size": 20, "sliding_window": 8},
+    "qwen2_moe": {
+        **_SIX, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "qwen3_moe": {
+        **_SIX, "moe_intermediate_size": 20, "mlp_only_layers": [1], "norm_topk_prob": True,
+        "head_dim": 10, "attention_bias": True,
+    },
+    "olmoe": {**_SIX, "intermediate_size": 20, "clip_qkv": 2.0},
+    "gpt_oss": {
+        **_SIX, "intermediate_size": 20, "sliding_window": 8,
+        # its usual positions are stretched for 131,072 tokens
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}  # fmt: skip
 HEADS = {
     "next_token": AutoModelForCausalLM,
     "sequence": AutoModelForSequenceClassification,
@@ -37,7 +55,10 @@ HEADS = {
 def tiny_model(
     family="llama", *, kv_heads=2, layers=4, tie=False, seed=0, task="next_token", **overrides
 ):
-    """A random causal language model: 4 query heads of 8, hidden 32, 48 channels, 64 token ids."""
+    """A random causal language model: 4 query heads of 8, hidden 32, 48 channels, 64 token ids.
+
+    Of a mixture: six experts of 20, computed one after the other.
+    """
     options = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -53,7 +74,8 @@ def tiny_model(
         "eos_token_id": 2,
     }
     # families beside these four are seen in `tests/test_testing.py`, by the contract
-    options = {**options, **SEQUENTIAL.get(family, {}), **overrides}
+    usual = SEQUENTIAL.get(family) or MIXTURES.get(family, {})
+    options = {**options, **usual, **overrides}
     if family in FAMILIES:
         options = FAMILIES[family].in_config(options)
     config = CONFIGS.get(family, CONFIG_MAPPING[family])(**options)
@@ -65,7 +87,14 @@ def tiny_model(
         if "norm" not in name:
             parameter.data.normal_(0, 0.3 if parameter.ndim > 1 else 0.1)
     torch.random.set_rng_state(state)
+    if family in MIXTURES:  # those chosen by default differ between one token and many
+        model.set_experts_implementation("eager")
     return model
+
+
+def tiny_mixture(family="mixtral", **overrides):
+    """A random mixture of experts."""
+    return tiny_model(family, **overrides)
 
 
 def tiny_rows(count=24, length=24, *, vocab=64, seed=0, uneven=False):

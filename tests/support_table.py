@@ -28,6 +28,7 @@ WORDS = {
     "sub_block": "sub-blocks",
     "kv_group": "KV groups",
     "channel": "channels",
+    "expert": "experts",
 }
 
 

@@ -1,4 +1,4 @@
-"""All layers alike: one number of KV groups, one of channels, and whole blocks that may go."""
+"""All layers alike: one number of KV groups, one of channels (of experts), whole blocks may go."""
 
 from __future__ import annotations
 
@@ -40,16 +40,17 @@ def alike_choice(
     layers = [[(block.index, part.kind) for part in block.sub_blocks] for block in spec.blocks]
     layers = [places for places in layers if places]
     shared: dict[str, set[int]] = {}
-    for (_, kind), allowed in budget.allowed.items():
-        some = {count for count in allowed if count}
-        shared[kind] = shared[kind] & some if kind in shared else some
+    units = {(index, part.kind): part.unit for index, part in spec.sub_blocks}
+    for place, allowed in budget.allowed.items():
+        some, unit = {count for count in allowed if count}, units[place]
+        shared[unit] = shared[unit] & some if unit in shared else some
     removable = [all(0 in budget.allowed[place] for place in places) for places in layers]
     slack = cost.bias * (len(whole) + 1)
     best: tuple[float, dict[SubBlock, int]] | None = None
     below, above = 0.0, math.inf
     for widths in product(*(sorted(counts) for counts in shared.values())):
         width = dict(zip(shared, widths, strict=True))
-        counts = {place: width[place[1]] for place in whole}
+        counts = {place: width[units[place]] for place in whole}
         harm = {place: damage[place][whole[place] - counts[place]] for place in whole}
         extra = [
             sum(damage[place][whole[place]] - harm[place] for place in places) for places in layers

@@ -9,7 +9,7 @@ from lit_prune.allocation.alike import alike_choice
 from lit_prune.allocation.cost import Cost, parameter_cost
 from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.allocation.uniform import uniform_choice, uniform_choices
-from lit_prune.decoder import AttentionSpec, MlpSpec, SubBlock, all_kept, remainder
+from lit_prune.decoder import AttentionSpec, SubBlock, all_kept, remainder
 from lit_prune.errors import BudgetError, ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec
+    from lit_prune.decoder.spec import SubBlockSpec
 
 _FAVOURITE_MULTIPLES = (64, 32, 16, 8, 4, 2)
 
@@ -56,8 +57,12 @@ class Budget:
         """Return the sub-blocks whose cut units leave a constant behind."""
         if not self.config.adds_constants:
             return set()
-        units = all_kept(self.spec)
-        cut = {place for place, count in counts.items() if count < units[place]}
+        parts = {(index, part.kind): part for index, part in self.spec.sub_blocks}
+        cut = {
+            place
+            for place, count in counts.items()
+            if count < parts[place].num_units and parts[place].takes_constant
+        }
         return {place for place in cut if counts[place] or self.config.removed_mean == "add"}
 
     def removed(self, counts: Mapping[SubBlock, int]) -> int:
@@ -163,8 +168,13 @@ def within_family(
         if whole:
             notes.append(
                 "no constant stands in for a sub-block that goes whole (removed_mean 'drop'): in "
-                f"{spec.model_type} models a norm follows every sub-block, which it would pass"
+                f"{spec.model_type} models {spec.why_no_constants}"
             )
+    if spec.has_experts and "expert" in left and config.compensation not in (None, "none"):
+        notes.append(
+            f"compensation {config.compensation!r} does not reach experts: tokens of those that "
+            "leave are routed to the next best that stay, and no weight or bias is fitted there"
+        )
     return replace(config, granularities=left) if refused else config, tuple(notes)
 
 
@@ -188,7 +198,9 @@ def check_layers(spec: DecoderSpec, config: PruningConfig) -> None:
 
 def _auto_multiple(spec: DecoderSpec, config: PruningConfig, cost: Cost) -> int:
     """Return the largest hardware-friendly multiple whose step is fine enough for the ratio."""
-    mlps = [cost.kept[index, part.kind] for index, part in spec.sub_blocks if part.kind == "mlp"]
+    mlps = [
+        cost.kept[index, part.kind] for index, part in spec.sub_blocks if part.unit == "channel"
+    ]
     if not mlps:
         return config.tensor_parallel
     channels = min(len(costs) - 1 for costs in mlps)
@@ -222,17 +234,21 @@ def _allowed(
             if part.kind == "attention" and "kv_group" in config.granularities:
                 fewer = range(config.min_kv_groups, part.num_units)
                 counts.update(count for count in fewer if _spreads(part, count, degree))
-            if part.kind == "mlp" and "channel" in config.granularities:
+            if part.unit == "channel" and "channel" in config.granularities:
                 counts.update(range(multiple, part.num_units, multiple))
+            if part.unit == "expert" and "expert" in config.granularities:
+                counts.update(range(part.least_units, part.num_units))
             if whole:
                 counts.add(0)
         allowed[index, part.kind] = tuple(sorted(counts))
     return allowed
 
 
-def _spreads(part: AttentionSpec | MlpSpec, count: int, degree: int) -> bool:
+def _spreads(part: SubBlockSpec, count: int, degree: int) -> bool:
     """Return whether so many units can be spread evenly over devices."""
-    if isinstance(part, MlpSpec):
+    if part.unit == "expert":  # what is spread is the width of every expert
+        return True
+    if not isinstance(part, AttentionSpec):
         return count % degree == 0
     copied = degree % count == 0  # each KV head to several devices
     return (count * part.queries_per_group) % degree == 0 and (copied or count % degree == 0)

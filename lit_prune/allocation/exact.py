@@ -148,7 +148,7 @@ class ReachableTotals:
                 freed += cost.shared.get(index, 0) if alone else 0
                 after = _State(before.pays and not pays, attends, not second)
             else:
-                pays = bool(self._bias) and not part.output_bias
+                pays = bool(self._bias) and part.takes_constant and not part.output_bias
                 receives = count < part.num_units or (parallel and alone and stands_in)
                 freed = costs[-1] - costs[count] - (self._bias if pays and receives else 0)
                 after = _State(pays and not receives, attends, False)

@@ -38,8 +38,10 @@ def uniform_choices(budget: Budget) -> Iterator[tuple[float, dict[SubBlock, int]
     ]
     groups = {c for i, p in parts if p.kind == "attention" for c in budget.allowed[i, p.kind]}
     shares = {1 - count / max(groups) for count in groups} or {0.0}
-    widest = max((p.num_units for _, p in parts if p.kind == "mlp"), default=1)
-    step = budget.channel_multiple if "channel" in config.granularities else widest
+    unit = "channel" if any(p.unit == "channel" for _, p in parts) else "expert"
+    widest = max((p.num_units for _, p in parts if p.unit == unit), default=1)
+    fine = budget.channel_multiple if unit == "channel" else 1
+    step = fine if unit in config.granularities else widest
     for share in sorted(shares, key=lambda share: (abs(share - config.ratio), share)):
         for kept in range(widest, 0, -step):
             counts = all_kept(spec)

@@ -90,7 +90,7 @@ class RecordedRun:
         if unit.kind != "block":
             module = self._parts.sub_block(unit.layer, unit.kind)
             bias = None if constant is None else nn.Parameter(constant, requires_grad=False)
-            with silenced(module, self._parts.constant(unit.kind, bias)):
+            with silenced(module, self._parts.constant(unit.layer, unit.kind, bias)):
                 hidden = _first(layers[unit.layer](hidden, **kwargs))
         for layer in range(unit.layer + 1, len(layers)):
             hidden = _first(layers[layer](hidden, **self._entries[layer][1]))

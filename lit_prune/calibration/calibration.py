@@ -57,16 +57,18 @@ class Calibration:
         model_fingerprint: Architecture that the statistics belong to.
         rows: The distinct samples, split by content.
         units: Mean and variance of the input of every output projection over the calibrate side, by
-            ``(layer, kind)``, ``[width]`` each, float64.
+            ``(layer, kind)``, ``[width]`` each, float64; of experts, of what each adds to the
+            stream, ``[experts * hidden_size]``.
         full: Variance (or covariance) of the final hidden state, ``[hidden_size]``; None before a
             replay.
         bypassed: The same with each block, attention and MLP bypassed.
         changes: Mean squared Euclidean norm of the change of that state by each bypass, scalars.
-        covariances: Covariance of the inputs that ``units`` describes, ``[width, width]`` each.
+        covariances: Covariance of the inputs that ``units`` describes, ``[width, width]`` each; of
+            experts, mean inner products of what they add, ``[experts, experts]``.
         held_out: Second moments of the same inputs on the choose side, about the same means.
         curves: Damage curve of each sub-block, ``[units + 1, 3]``: in row r the unit that leaves as
             r-th (-1 in row 0), and the expected squared output error when r have left, compensated
-            by the conditional mean and by the mean alone.
+            by the conditional mean and by the mean alone (twice without, of experts).
         sensitivities: For each sub-block, `SENSITIVITIES`, ``[3]``.
         taylor: For each sub-block, `TAYLOR_SCORES` of every unit, ``[units, scores]``.
         similarities: Mean cosine of each block's input and output, ``[layers]``.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.generating import GenerateWatch
 from lit_prune.calibration.images import left_out, text_only
-from lit_prune.calibration.inputs import CAPPED, by_token, real_tokens
+from lit_prune.calibration.inputs import CAPPED, real_tokens
 from lit_prune.calibration.labels import DISAGREE
 from lit_prune.calibration.moments import ChannelMoments
+from lit_prune.calibration.probes import Probe, probe_of
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.calibration.split import side_of
 from lit_prune.decoder import DecoderParts, SubBlock, fingerprint, media_tokens, task_of, whole_of
@@ -36,7 +37,7 @@ _ARGUMENTS = (
     "labels",
 )
 P = ParamSpec("P")
-Probed = SubBlock  # the sub-block whose output projection is probed
+Probed = SubBlock  # the sub-block whose units are probed
 
 
 def _kept(
@@ -126,10 +127,10 @@ class Observer:
         try:
             self._handles.append(whole.register_forward_pre_hook(self._before, with_kwargs=True))
             for place in parts.places() if self.probes else ():
-                output, name = parts.output(*place), parts.output_name(*place)
-                self.moments[place] = ChannelMoments(output.in_features, name)
-                probe = partial(self._probe, place)
-                self._handles.append(output.module.register_forward_pre_hook(probe))
+                probe = probe_of(parts, place)
+                self.moments[place] = ChannelMoments(probe.width, probe.name)
+                hook = partial(self._probe, place, probe)
+                self._handles.append(probe.module.register_forward_pre_hook(hook))
             self._handles.append(whole.register_forward_hook(self._after))
             self._generate = GenerateWatch(whole)
             self._handles.append(self._generate)
@@ -200,22 +201,23 @@ class Observer:
         self.notes = [*(note for note in self.notes if note != old), left_out(self.num_images)]
 
     @_kept
-    def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _probe(
+        self, probed: Probed, probe: Probe, _module: nn.Module, args: tuple[Tensor, ...]
+    ) -> None:
         if self._selected is None:
             return
-        x = by_token(args[0].detach(), self._selected)
-        name = self.moments[probed].name
-        if probed in self._pending or x.shape[:-1] != self._selected.shape:
+        x = args[0].detach()
+        if probed in self._pending or not probe.sees(args, self._selected):
             raise CalibrationError(
-                f"{name} saw {2 if probed in self._pending else 1} call(s) of "
+                f"{probe.name} saw {2 if probed in self._pending else 1} call(s) of "
                 f"{list(x.shape[:-1])} tokens in forward {self.num_batches}, expected 1 of "
                 f"{list(self._selected.shape)}. Is its module used twice, or recomputed by "
                 "gradient checkpointing in train mode?"
             )
-        part = self.moments[probed].measure(x[self._selected.to(x.device)])
+        part, _ = probe.measure(args, self._selected, near=self.moments[probed], joint=False)
         if not bool(torch.isfinite(part[2]).all()):
             raise CalibrationError(
-                describe_non_finite(x, name, f"forward {self.num_batches}", self.model)
+                describe_non_finite(x, probe.name, f"forward {self.num_batches}", self.model)
             )
         self._pending[probed] = part
 

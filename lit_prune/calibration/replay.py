@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.covariance import ChannelCovariance
-from lit_prune.calibration.inputs import by_token
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.observer import Probed, describe_non_finite
 from lit_prune.calibration.out_of_memory import out_of_memory_in
+from lit_prune.calibration.probes import Probe, probe_of
 from lit_prune.decoder import DecoderParts, quiet
 from lit_prune.errors import CalibrationError
 from lit_prune.ranks import ALONE
@@ -43,12 +43,13 @@ class Replayed:
 
     Attributes:
         units: Mean and variance of the input of every output projection, by ``(layer, kind)``,
-            ``[width]`` each.
+            ``[width]`` each; of experts, of what each adds, ``[experts * hidden_size]``.
         full: Variance ``[hidden_size]`` (or covariance) of the final hidden state of the whole
             model; None where no bypass was asked for.
         bypassed: The same with each unit bypassed.
         target: Where the final hidden state was read.
-        covariances: Covariance of the same inputs, ``[width, width]``; empty where not asked for.
+        covariances: Covariance of the same inputs, ``[width, width]``; of experts the mean inner
+            products of what they add, ``[experts, experts]``; empty where not asked for.
         changes: Mean squared Euclidean norm of the change of the final hidden state when a unit is
             bypassed, a scalar each.
     """
@@ -153,10 +154,10 @@ def replay(
             for unit, square in changed.items():
                 squares[unit] += square
     # a rank without a batch has nothing of its own, and takes part in every sum
-    widths = _widths(parts)
+    probed_places = {place: probe_of(parts, place) for place in parts.places()}
     whole_units = {
-        place: moments.get(place, ChannelMoments(width)).result(ranks)
-        for place, width in widths.items()
+        place: moments.get(place, ChannelMoments(probe.width)).result(ranks)
+        for place, probe in probed_places.items()
     }
     found_states = {
         unit: state
@@ -165,9 +166,10 @@ def replay(
     }
     found_joints = {
         place: covariance
-        for place, width in widths.items()
+        for place, probe in probed_places.items()
         if place in covariances
-        and (covariance := joints.pop(place, ChannelCovariance(width)).result(ranks)) is not None
+        and (covariance := joints.pop(place, ChannelCovariance(probe.joint_width)).result(ranks))
+        is not None
     }
     changes = ranks.sum(torch.stack(list(squares.values()))) if bypass else ()
     return Replayed(
@@ -178,11 +180,6 @@ def replay(
         found_joints,
         {unit: x / rows.num_tokens(side) for unit, x in zip(bypass, changes, strict=True)},
     )
-
-
-def _widths(parts: DecoderParts) -> dict[Probed, int]:
-    """Return the width of every output projection's input, in order."""
-    return {place: parts.output(*place).in_features for place in parts.places()}
 
 
 def replay_within(
@@ -227,8 +224,8 @@ def covariance_groups(parts: DecoderParts, covariance_bytes: int) -> list[dict[P
         too large.
     """
     groups: list[dict[Probed, int]] = [{}]
-    for place, width in _widths(parts).items():
-        size = 8 * width**2
+    for place in parts.places():
+        size = 8 * probe_of(parts, place).joint_width ** 2
         if groups[-1] and sum(groups[-1].values()) + size > covariance_bytes:
             groups.append({})
         groups[-1][place] = size
@@ -236,7 +233,7 @@ def covariance_groups(parts: DecoderParts, covariance_bytes: int) -> list[dict[P
 
 
 class _UnitProbes:
-    """Moments of the inputs of every output projection, for the one forward inside the ``with``."""
+    """What is measured of the units, in the one forward inside the ``with``."""
 
     def __init__(
         self, parts: DecoderParts, mask: Tensor, place: str, covariances: Collection[Probed]
@@ -247,9 +244,10 @@ class _UnitProbes:
         self._covariances = covariances
 
     def __enter__(self) -> _UnitProbes:
+        probes = {place: probe_of(self._parts, place) for place in self._parts.places()}
         self._handles = [
-            self._parts.output(*place).module.register_forward_pre_hook(partial(self._probe, place))
-            for place in self._parts.places()
+            probe.module.register_forward_pre_hook(partial(self._probe, place, probe))
+            for place, probe in probes.items()
         ]
         return self
 
@@ -257,15 +255,18 @@ class _UnitProbes:
         for handle in self._handles:
             handle.remove()
 
-    def _probe(self, probed: Probed, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = by_token(args[0], self._mask)
-        part = ChannelMoments(x.shape[-1]).measure(x[self._mask])
+    def _probe(
+        self, probed: Probed, probe: Probe, _module: nn.Module, args: tuple[Tensor, ...]
+    ) -> None:
+        joint = probed in self._covariances
+        part, square = probe.measure(args, self._mask, near=None, joint=joint)
         if not bool(torch.isfinite(part[2]).all()):
-            name = self._parts.output_name(*probed)
-            raise CalibrationError(describe_non_finite(x, name, self._place, self._parts.model))
+            raise CalibrationError(
+                describe_non_finite(args[0], probe.name, self._place, self._parts.model)
+            )
         self.measured[probed] = part
-        if probed in self._covariances:
-            self.joints[probed] = ChannelCovariance(x.shape[-1]).measure(x[self._mask])
+        if joint and square is not None:
+            self.joints[probed] = square
 
 
 def _final(parts: DecoderParts, hidden: Tensor, mask: Tensor, target: TransferTarget) -> Tensor:

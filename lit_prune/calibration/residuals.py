@@ -62,7 +62,7 @@ def measure_residuals(
             handles.append(block.register_forward_pre_hook(partial(enter, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leave, layer)))
             handles += [
-                parts.inputs(*place)[0].module.register_forward_pre_hook(partial(read, place))
+                _reader(parts, place).register_forward_pre_hook(partial(read, place))
                 for place in squares
                 if place[0] == layer
             ]
@@ -76,3 +76,9 @@ def measure_residuals(
     scale = 1 / max(rows.num_tokens("calibrate"), 1)
     inputs = {place: ranks.sum(x) * scale for place, x in squares.items()}
     return ranks.sum(cosines) * scale, inputs
+
+
+def _reader(parts: DecoderParts, place: SubBlock) -> nn.Module:
+    """Return the module that gets what a sub-block reads; of experts, where tokens have rows."""
+    routed = parts.routed(*place)
+    return parts.sub_block(*place) if routed else parts.input_modules(*place)[0].module

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.rows import first_tokens
-from lit_prune.decoder import IGNORED_LABEL, DecoderParts, SubBlock, head_of, quiet
+from lit_prune.decoder import IGNORED_LABEL, DecoderParts, SubBlock, head_of, quiet, spec_for
 from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def measure_sensitivities(
     """Replace each sub-block by its mean output, one at a time, and compare with the whole model.
 
     The mean stays in place, as compensation will leave it: what is measured is the loss of what a
-    sub-block says about *this* token, not of a constant that costs nothing to keep. Where a norm
-    follows a sub-block, nothing stays.
+    sub-block says about *this* token, not of a constant that costs nothing to keep. Where nothing
+    may stay in place of a sub-block (`DecoderSpec.removed_constants`), nothing does.
 
     Args:
         model: The language model, on the device where it shall run. It is left as it was.
@@ -64,13 +64,14 @@ def measure_sensitivities(
     parts = DecoderParts(model)
     device = next(model.parameters()).device
     totals = {place: torch.zeros(len(SENSITIVITIES), dtype=torch.float64) for place in means}
-    constants = {}
-    for (layer, kind), mean in means.items():
+    constants: dict[SubBlock, Tensor | None] = dict.fromkeys(means)
+    # what a norm follows, or experts come before, leaves nothing
+    for (layer, kind), mean in means.items() if spec_for(model).removed_constants else ():
         linear = parts.output(layer, kind)
-        constant = linear.weight.detach().double() @ mean.to(linear.weight.device)
+        stays = linear.weight.detach().double() @ mean.to(linear.weight.device)
         if linear.bias is not None:
-            constant += linear.bias.detach().double()
-        constants[layer, kind] = constant.to(linear.weight.dtype)
+            stays += linear.bias.detach().double()
+        constants[layer, kind] = stays.to(linear.weight.dtype)
     scored = labelled = 0
     batches = list(first_tokens(rows.batches("calibrate", batch_tokens), max_tokens))
     seen = sum(int(batch.attention_mask.sum()) for batch in batches)
@@ -92,9 +93,7 @@ def measure_sensitivities(
             run = RecordedRun(parts, batch.model_inputs(device))
             dense = parts.final_norm(run.output)
             for (layer, kind), constant in constants.items():
-                # what a norm follows leaves nothing
-                stays = constant if parts.post_norm_path(kind) is None else None
-                hidden = parts.final_norm(run.without(Unit(layer, kind), stays))
+                hidden = parts.final_norm(run.without(Unit(layer, kind), constant))
                 found = _compare(parts, dense[read], hidden[read], labels)
                 change = (hidden - dense)[mask].double().square().sum()
                 totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)

@@ -3,7 +3,8 @@
 from lit_prune.decoder.calls import call_of
 from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.describe import fingerprint, spec_for
-from lit_prune.decoder.families import FAMILIES, family_of, register_family
+from lit_prune.decoder.experts import Experts, Routed
+from lit_prune.decoder.families import FAMILIES, family_of
 from lit_prune.decoder.family import Family
 from lit_prune.decoder.head import (
     IGNORED_LABEL,
@@ -20,12 +21,14 @@ from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.prices import Price, constant_bytes, shared_bytes, unit_prices
 from lit_prune.decoder.projections import Projection
 from lit_prune.decoder.quiet import quiet
+from lit_prune.decoder.registering import register_family
 from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
 from lit_prune.decoder.spec import (
     KINDS,
     AttentionSpec,
     BlockSpec,
     DecoderSpec,
+    ExpertsSpec,
     MlpSpec,
     SubBlockKind,
 )
@@ -41,11 +44,14 @@ __all__ = [
     "ConstantOutput",
     "DecoderParts",
     "DecoderSpec",
+    "Experts",
+    "ExpertsSpec",
     "Family",
     "MlpSpec",
     "Price",
     "Projection",
     "Remainder",
+    "Routed",
     "SubBlock",
     "SubBlockKind",
     "Task",

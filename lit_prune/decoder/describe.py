@@ -18,8 +18,10 @@ from lit_prune.decoder.spec import (
     AttentionSpec,
     BlockSpec,
     DecoderSpec,
+    ExpertsSpec,
     MlpSpec,
     SubBlockKind,
+    SubBlockSpec,
 )
 from lit_prune.decoder.wrapper import whole_of
 from lit_prune.errors import UnsupportedModelError
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from transformers import PreTrainedModel
+
+    from lit_prune.decoder.experts import Routed
 
 
 def spec_for(model: PreTrainedModel) -> DecoderSpec:
@@ -65,7 +69,8 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         total_parameters=sum(p.numel() for p in whole_of(model).parameters()),
         fingerprint=fingerprint(model),
         refused=tuple(sorted(parts.family.refuses.items())),
-        removed_constants=not any(parts.post_norm_path(kind) for kind in KINDS),
+        removed_constants=parts.family.experts is None
+        and not any(parts.post_norm_path(kind) for kind in KINDS),
         parallel=parts.family.parallel,
     )
 
@@ -155,7 +160,7 @@ def refuse_shared_parts(parts: DecoderParts) -> None:
 def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
     layer = parts.layers[index]
     expected: set[str] = set()
-    specs: dict[SubBlockKind, AttentionSpec | MlpSpec | None] = {}
+    specs: dict[SubBlockKind, SubBlockSpec | None] = {}
     constants = 0
     for kind in KINDS:
         path = parts.sub_block_path(kind)
@@ -170,12 +175,13 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
         fixed = sum(
             layer.get_parameter(n).numel() for n in names if not _owned_by_units(parts, kind, n)
         )
-        specs[kind] = (
-            _describe_attention(parts, index, fixed)
-            if kind == "attention"
-            else _describe_mlp(parts, index, fixed)
-        )
-    shared = _norm_parameters(layer, [parts.shared_norm(index)])
+        if kind == "attention":
+            specs[kind] = _describe_attention(parts, index, fixed)
+        elif routed := parts.routed(index):
+            specs[kind] = _describe_experts(parts, index, routed, fixed)
+        else:
+            specs[kind] = _describe_mlp(parts, index, fixed)
+    shared = _parameters_of(layer, [parts.shared_norm(index)])
     expected.update(shared)
     if unknown := sorted(set(dict(layer.named_parameters())) - expected):
         raise UnsupportedModelError(
@@ -189,7 +195,7 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
         index=index,
         name=f"{parts.family.layers}.{index}",
         attention=cast("AttentionSpec | None", specs["attention"]),
-        mlp=cast("MlpSpec | None", specs["mlp"]),
+        mlp=cast("MlpSpec | ExpertsSpec | None", specs["mlp"]),
         constant_parameters=constants,
         shared_parameters=sum(layer.get_parameter(name).numel() for name in shared),
         attention_type=types[index] if types else default,
@@ -198,8 +204,10 @@ def _describe_block(parts: DecoderParts, index: int) -> BlockSpec:
 
 def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> list[str]:
     family, layer = parts.family, parts.layers[index]
-    names = _norm_parameters(layer, parts.norm_paths(index, kind))
-    names += family.attention_extras if kind == "attention" else ()
+    names = _parameters_of(layer, parts.norm_paths(index, kind))
+    names += (*family.attention_extras, *family.per_head) if kind == "attention" else ()
+    if experts := (parts.experts_of(index) if kind == "mlp" else None):
+        return names + _parameters_of(layer, (experts.router, experts.bank, *experts.others))
     for path in (*family.inputs(kind), family.output(kind)):
         linear: Any = layer.get_submodule(path)
         if (
@@ -218,20 +226,28 @@ def _parameter_names(parts: DecoderParts, index: int, kind: SubBlockKind) -> lis
     return names
 
 
-def _norm_parameters(layer: nn.Module, paths: Iterable[str | None]) -> list[str]:
-    norms = {path: layer.get_submodule(path) for path in paths if path is not None}
-    return [f"{path}.{name}" for path, norm in norms.items() for name, _ in norm.named_parameters()]
+def _parameters_of(layer: nn.Module, paths: Iterable[str | None]) -> list[str]:
+    modules = {path: layer.get_submodule(path) for path in paths if path is not None}
+    return [
+        f"{path}.{name}" for path, each in modules.items() for name, _ in each.named_parameters()
+    ]
 
 
 def _owned_by_units(parts: DecoderParts, kind: SubBlockKind, name: str) -> bool:
     path, _, leaf = name.rpartition(".")
     family = parts.family
+    if family.experts is not None and path in (family.experts.router, family.experts.bank):
+        return True
+    if name in family.per_head:
+        return True
     return path in family.inputs(kind) or (path == family.output(kind) and leaf == "weight")
 
 
 def _unit_parameters(parts: DecoderParts, index: int, kind: SubBlockKind, units: int) -> int:
     inputs = parts.input_modules(index, kind)
     rows: int = sum(p.numel() for each in inputs for p in each.module.parameters())
+    if kind == "attention":
+        rows += sum(p.numel() for p in parts.per_head(index).values())
     return (rows + parts.output(index, kind).weight.numel()) // units
 
 
@@ -239,12 +255,15 @@ def _refuse_contradiction(parts: DecoderParts, index: int, kind: SubBlockKind) -
     """Refuse projections that do not have the rows and columns of the same units."""
     inputs, output = parts.input_modules(index, kind), parts.output(index, kind)
     units, width = parts.units(index, kind), parts.unit_width(index, kind)
+    heads = width // parts.head_shape(index)[0] * units if kind == "attention" else 0
+    per_head = parts.per_head(index) if kind == "attention" else {}
     consistent = (
         units > 0
         and output.in_features == units * width
         and all(each.out_features == len(each.matrix) for each in inputs)
         # it reads and writes vectors as wide as the residual stream
         and {each.in_features for each in inputs} == {parts.hidden_size} == {output.out_features}
+        and all(p.shape == (heads,) for p in per_head.values())
     )
     if consistent:
         return
@@ -275,6 +294,32 @@ def _describe_attention(parts: DecoderParts, index: int, fixed: int) -> Attentio
         unit_parameters=_unit_parameters(parts, index, "attention", groups),
         fixed_parameters=fixed,
         output_bias=parts.output(index, "attention").bias is not None,
+    )
+
+
+def _describe_experts(parts: DecoderParts, index: int, routed: Routed, fixed: int) -> ExpertsSpec:
+    count, width = routed.num_experts, parts.hidden_size
+    name = f"{parts.family.layers}.{index}.{parts.family.mlp}"
+    counts: set[object] = {len(parameter) for _, _, parameter in routed.owned}
+    counts |= {getattr(module, "num_experts", None) for module in (routed.router, routed.bank)}
+    if (
+        counts != {count}
+        or routed.router.get_parameter("weight").shape != (count, width)
+        or not 1 <= routed.top_k <= count
+    ):
+        shapes = ", ".join(f"{name} {list(p.shape)}" for _, name, p in routed.owned)
+        raise UnsupportedModelError(
+            f"{name} contradicts itself: {shapes}, experts {sorted(map(str, counts))}, top_k "
+            f"{routed.top_k}, hidden size {width}. Every parameter of router and experts must "
+            "have one entry for each expert along its first dimension."
+        )
+    return ExpertsSpec(
+        name=name,
+        num_experts=count,
+        top_k=routed.top_k,
+        hidden_size=width,
+        unit_parameters=sum(p.numel() for _, _, p in routed.owned) // count,
+        fixed_parameters=fixed,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 if TYPE_CHECKING:
+    from lit_prune.decoder.experts import Experts
     from lit_prune.decoder.spec import SubBlockKind
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ class Family:
         attention_post_norm: Norm over what the attention writes, before it is added to the stream.
         attention_extras: Parameters of the attention that no unit owns (norms over one head), by
             path.
+        per_head: Parameters of the attention with one number for each query head (attention sinks),
+            by path.
         interleaved: Whether a fused query-key-value projection holds one KV group after the other,
             each with its query heads, its key head and its value head.
         transposed: Whether projections store their weights as ``[in, out]`` (Conv1D).
@@ -50,6 +53,8 @@ class Family:
         mlp_chain: Modules that run one after the other, the output projection last, where the MLP
             has no module of its own. ``mlp`` is the last of them then.
         gate: Gate projection; None where the MLP is ``down(act(up(x)))``.
+        experts: Where layers have a mixture of experts in the place of the MLP; None where none
+            has.
         parallel: Whether attention and MLP of a layer read the same stream, and are added to it
             together.
         adds_residual: Whether sub-blocks are handed the residual, as second argument, and add it.
@@ -82,6 +87,7 @@ class Family:
     value: str = "self_attn.v_proj"
     attention_output: str = "self_attn.o_proj"
     attention_extras: tuple[str, ...] = ()
+    per_head: tuple[str, ...] = ()
     interleaved: bool = False
     transposed: bool = False
     head_dim: str = "head_dim"
@@ -95,6 +101,7 @@ class Family:
     gate: str | None = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     mlp_output: str = "mlp.down_proj"
+    experts: Experts | None = None
     parallel: bool = False
     adds_residual: bool = False
     per_layer: tuple[str, ...] = ()

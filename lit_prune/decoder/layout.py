@@ -36,6 +36,18 @@ class MlpLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsLayout:
+    """A mixture of experts in the place of an MLP: how many there are."""
+
+    experts: int
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """None that could hold a constant."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
 class RemovedLayout:
     """A removed sub-block; ``constant`` where its mean output stands in for it.
 
@@ -52,7 +64,7 @@ class LayerLayout:
     """One decoder layer."""
 
     attention: AttentionLayout | RemovedLayout
-    mlp: MlpLayout | RemovedLayout
+    mlp: MlpLayout | ExpertsLayout | RemovedLayout
 
     @property
     def biases(self) -> tuple[str, ...]:
@@ -93,6 +105,8 @@ class LayerLayout:
         if isinstance(self.mlp, MlpLayout):
             entry["intermediate_size"] = self.mlp.channels
             biases += self.mlp.biases
+        if isinstance(self.mlp, ExpertsLayout):
+            entry["num_experts"] = self.mlp.experts
         entry["biases"] = list(biases)
         return {key: value for key, value in entry.items() if value != []}
 
@@ -151,12 +165,14 @@ def projections(family: Family, kind: SubBlockKind) -> tuple[str, ...]:
 
 def _sub_block(
     parts: DecoderParts, index: int, kind: SubBlockKind
-) -> AttentionLayout | MlpLayout | RemovedLayout:
+) -> AttentionLayout | MlpLayout | ExpertsLayout | RemovedLayout:
     module: Any = parts.sub_block(index, kind)
     if not parts.exists(index, kind):
         output = parts.family.output(kind).rpartition(".")[2]
         usual = output in ("o_proj", "down_proj")
         return RemovedLayout(module.bias is not None, None if usual else output)
+    if (routed := parts.routed(index, kind)) is not None:
+        return ExpertsLayout(routed.num_experts)
     linears: dict[str, nn.Module] = {
         path.rpartition(".")[2]: parts.layers[index].get_submodule(path)
         for path in projections(parts.family, kind)

@@ -49,6 +49,11 @@ def refuse_missing_parts(parts: DecoderParts) -> None:
                 find(layer, path, where)
             if is_constant(module):
                 continue
+            if kind == "mlp" and (experts := parts.experts_of(index)):
+                for path in (experts.router, *experts.others):
+                    find(layer, path, where)
+                _check_router(layer.get_submodule(experts.router), f"{where}.{experts.router}")
+                continue
             chain = family.mlp_chain if kind == "mlp" else ()
             for path in (*chain, *family.inputs(kind), family.output(kind)):
                 find(layer, path, where)
@@ -71,10 +76,21 @@ def _check_attention(
                 f"{family.model_type!r} models: got {found!r}."
             )
     owned = dict(layer.named_parameters())
-    if missing := [name for name in family.attention_extras if name not in owned]:
+    named = (*family.attention_extras, *family.per_head)
+    if missing := [name for name in named if name not in owned]:
         raise UnsupportedModelError(
             f"{where} has no parameter {missing[0]!r}, which the family entry of "
             f"{family.model_type!r} names as one of its attention's."
+        )
+
+
+def _check_router(router: nn.Module, where: str) -> None:
+    top_k, owned = getattr(router, "top_k", None), dict(router.named_parameters())
+    if not isinstance(top_k, int) or "weight" not in owned:
+        raise UnsupportedModelError(
+            f"{where} is a {type(router).__name__} with top_k {top_k!r} and parameters "
+            f"{sorted(owned)}: lit_prune reads a number 'top_k' and a parameter 'weight' of a "
+            "router (lit_prune.decoder.Experts)."
         )
 
 

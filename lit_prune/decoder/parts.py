@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lit_prune.decoder.constant import ConstantOutput, is_constant
+from lit_prune.decoder.experts import Experts, Routed
 from lit_prune.decoder.families import family_of
 from lit_prune.decoder.layer_config import LayerConfig
 from lit_prune.decoder.projections import Projection, rows_by_role
@@ -72,7 +73,9 @@ class DecoderParts:
         return 1 if kind == "mlp" else math.prod(self.head_shape(layer))
 
     def units(self, layer: int, kind: SubBlockKind) -> int:
-        """Return how many KV groups or channels the weights of a sub-block have."""
+        """Return how many KV groups or channels the weights of a sub-block have, or experts."""
+        if (routed := self.routed(layer, kind)) is not None:
+            return routed.num_experts
         return self.output(layer, kind).in_features // self.unit_width(layer, kind)
 
     def sub_block_path(self, kind: SubBlockKind) -> str:
@@ -122,13 +125,18 @@ class DecoderParts:
             found["config"] = LayerConfig(self.model.config, own)
         return found
 
-    def constant(self, kind: SubBlockKind, bias: nn.Parameter | None) -> ConstantOutput:
+    def constant(self, layer: int, kind: SubBlockKind, bias: nn.Parameter | None) -> ConstantOutput:
         """Return what can stand in for a sub-block: a bias, or nothing."""
         return ConstantOutput(
             bias,
-            returns_weights=kind == "attention",
+            returns_weights=self.returns_pair(layer, kind),
             adds_residual=self.family.adds_residual,
         )
+
+    def per_head(self, layer: int) -> dict[str, nn.Parameter]:
+        """Return the parameters of an attention with one number for each query head, by path."""
+        block = self.layers[layer]
+        return {path: block.get_parameter(path) for path in self.family.per_head}
 
     def per_layer(self, layer: int) -> tuple[object, ...]:
         """Return what the config says of one layer, beside the type of its attention."""
@@ -143,6 +151,30 @@ class DecoderParts:
         """Return whether the sub-block is there, not removed by an earlier pruning."""
         return not is_constant(self.sub_block(layer, kind))
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """Return where the experts of a layer are; None where it has none, or a plain MLP."""
+        experts = self.family.experts
+        if experts is None or not self.exists(layer, "mlp"):
+            return None
+        return experts if experts.bank in dict(self.layers[layer].named_modules()) else None
+
+    def routed(self, layer: int, kind: SubBlockKind = "mlp") -> Routed | None:
+        """Return the experts of a sub-block; None where it has projections of its own."""
+        experts = self.experts_of(layer) if kind == "mlp" else None
+        if experts is None:
+            return None
+        block = self.layers[layer]
+        return Routed(
+            block.get_submodule(experts.router),
+            block.get_submodule(experts.bank),
+            tuple(block.get_submodule(path) for path in experts.others),
+        )
+
+    def returns_pair(self, layer: int, kind: SubBlockKind) -> bool:
+        """Return whether a sub-block returns something beside its output, for the layer to drop."""
+        experts = self.family.experts
+        return kind == "attention" or (experts is not None and experts.returns_scores)
+
     def places(self) -> tuple[SubBlock, ...]:
         """Return every sub-block that is there, ``(layer, kind)``, in the order of the model."""
         return tuple(
@@ -154,6 +186,8 @@ class DecoderParts:
 
     def inputs(self, layer: int, kind: SubBlockKind) -> tuple[Projection, ...]:
         """Return the projections whose *rows* belong to units: q, k, v or gate, up (or up).
+
+        Not of experts (`routed`), nor has `output` any there.
 
         Of a fused one, each its own rows.
         """
@@ -175,8 +209,8 @@ class DecoderParts:
 
     def modules(self, layer: int, kind: SubBlockKind) -> tuple[nn.Module, ...]:
         """Return what leaves with a sub-block: its norms, itself, projections that lie outside."""
-        norms = self.norm_paths(layer, kind)
-        paths = (*norms, self.sub_block_path(kind), *self.family.inputs(kind))
+        inputs = () if self.routed(layer, kind) else self.family.inputs(kind)
+        paths = (*self.norm_paths(layer, kind), self.sub_block_path(kind), *inputs)
         return tuple(self.layers[layer].get_submodule(path) for path in dict.fromkeys(paths))
 
     def output_name(self, layer: int, kind: SubBlockKind) -> str:
@@ -198,7 +232,8 @@ class DecoderParts:
         # Qwen says per layer whether it slides (None: it does not), Mistral only in its config
         own = getattr(self.model.config, "sliding_window", None)
         window = getattr(module, "sliding_window", own)
-        return context_length if window is None else min(context_length, int(window))
+        # Qwen2-MoE says 0 where it does not slide
+        return min(context_length, int(window)) if window else context_length
 
     def _projection(self, layer: int, path: str, rows: torch.Tensor | None = None) -> Projection:
         module = self.layers[layer].get_submodule(path)

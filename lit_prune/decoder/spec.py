@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 SubBlockKind = Literal["attention", "mlp"]
 KINDS: tuple[SubBlockKind, SubBlockKind] = ("attention", "mlp")
+# What leaves one by one, under the name of its granularity.
+UnitKind = Literal["kv_group", "channel", "expert"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +44,21 @@ class AttentionSpec:
     def kind(self) -> SubBlockKind:
         """``attention``."""
         return "attention"
+
+    @property
+    def unit(self) -> UnitKind:
+        """``kv_group``."""
+        return "kv_group"
+
+    @property
+    def least_units(self) -> int:
+        """Fewest units that it can compute with: one."""
+        return 1
+
+    @property
+    def takes_constant(self) -> bool:
+        """Whether its output can be given a bias."""
+        return True
 
     @property
     def num_units(self) -> int:
@@ -83,6 +100,21 @@ class MlpSpec:
         return "mlp"
 
     @property
+    def unit(self) -> UnitKind:
+        """``channel``."""
+        return "channel"
+
+    @property
+    def least_units(self) -> int:
+        """Fewest units that it can compute with: one."""
+        return 1
+
+    @property
+    def takes_constant(self) -> bool:
+        """Whether its output can be given a bias."""
+        return True
+
+    @property
     def num_units(self) -> int:
         """Intermediate channels, the prunable units of an MLP."""
         return self.num_channels
@@ -98,7 +130,69 @@ class MlpSpec:
         return self.num_units * self.unit_parameters + self.fixed_parameters
 
 
-SubBlockSpec = AttentionSpec | MlpSpec
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsSpec:
+    """One mixture of experts, in the place of an MLP; see `lit_prune.decoder.experts`.
+
+    Attributes:
+        name: Path of the module, ``model.layers.0.mlp``.
+        num_experts: Experts that the router chooses from.
+        top_k: How many of them compute each token.
+        hidden_size: Width of what an expert writes.
+        unit_parameters: Parameters that leave with one expert, its row of the router included.
+        fixed_parameters: Parameters that leave only with the whole sub-block (norms, a shared
+            expert).
+    """
+
+    name: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    unit_parameters: int
+    fixed_parameters: int
+
+    @property
+    def kind(self) -> SubBlockKind:
+        """``mlp``, whose place it has."""
+        return "mlp"
+
+    @property
+    def unit(self) -> UnitKind:
+        """``expert``."""
+        return "expert"
+
+    @property
+    def least_units(self) -> int:
+        """Fewest units that it can compute with: those that a token needs."""
+        return self.top_k
+
+    @property
+    def output_bias(self) -> bool:
+        """No: what experts write is added up as it is."""
+        return False
+
+    @property
+    def takes_constant(self) -> bool:
+        """No: there is no place for one behind the experts."""
+        return False
+
+    @property
+    def num_units(self) -> int:
+        """Experts, the prunable units."""
+        return self.num_experts
+
+    @property
+    def unit_width(self) -> int:
+        """Numbers that one unit hands to the sum: all that it writes."""
+        return self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the sub-block, its norm included."""
+        return self.num_units * self.unit_parameters + self.fixed_parameters
+
+
+SubBlockSpec = AttentionSpec | MlpSpec | ExpertsSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +203,7 @@ class BlockSpec:
         index: Position in the stack.
         name: Path of the layer module.
         attention: Its attention, or None where an earlier pruning removed it.
-        mlp: Its MLP, or None where an earlier pruning removed it.
+        mlp: Its MLP or mixture of experts, or None where an earlier pruning removed it.
         constant_parameters: Parameters of the constant outputs that stand in for removed
             sub-blocks.
         shared_parameters: Parameters that leave only with both sub-blocks (a norm that both read).
@@ -119,14 +213,14 @@ class BlockSpec:
     index: int
     name: str
     attention: AttentionSpec | None
-    mlp: MlpSpec | None
+    mlp: MlpSpec | ExpertsSpec | None
     constant_parameters: int = 0
     shared_parameters: int = 0
     attention_type: str = "full_attention"
 
     @property
     def sub_blocks(self) -> tuple[SubBlockSpec, ...]:
-        """Attention and MLP, in the order in which they run, those that exist."""
+        """Attention and MLP (or experts), in the order in which they run, those that exist."""
         return tuple(part for part in (self.attention, self.mlp) if part is not None)
 
     @property
@@ -149,7 +243,7 @@ class DecoderSpec:
         refused: Granularities that this family cannot lose exactly, each with the reason.
         parallel: Whether attention and MLP of a layer read the same stream.
         removed_constants: Whether a constant can stand in for a whole removed sub-block; not where
-            a norm follows a sub-block, which it would pass.
+            a norm follows a sub-block, which it would pass, nor behind experts, which have no bias.
     """
 
     model_type: str
@@ -165,6 +259,18 @@ class DecoderSpec:
     def decoder_parameters(self) -> int:
         """Parameters of the decoder layers: what a pruning ratio is a fraction of."""
         return sum(block.num_parameters for block in self.blocks)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer is a mixture of experts."""
+        return any(part.unit == "expert" for _, part in self.sub_blocks)
+
+    @property
+    def why_no_constants(self) -> str:
+        """Why `removed_constants` is false, where it is."""
+        if self.has_experts:
+            return "experts have no bias, which would hold that of the sub-block behind them"
+        return "a norm follows every sub-block, which it would pass"
 
     @property
     def sub_blocks(self) -> tuple[tuple[int, SubBlockSpec], ...]:
@@ -185,10 +291,14 @@ class DecoderSpec:
                     "attention": AttentionSpec(**block["attention"])
                     if block["attention"]
                     else None,
-                    "mlp": MlpSpec(**block["mlp"]) if block["mlp"] else None,
+                    "mlp": _mlp_from(block["mlp"]) if block["mlp"] else None,
                 }
             )
             for block in raw["blocks"]
         )
         refused = tuple((kind, reason) for kind, reason in raw.get("refused", ()))
         return cls(**{**raw, "blocks": blocks, "refused": refused})
+
+
+def _mlp_from(raw: Mapping[str, Any]) -> MlpSpec | ExpertsSpec:
+    return ExpertsSpec(**raw) if "num_experts" in raw else MlpSpec(**raw)

@@ -9,6 +9,7 @@ from lit_prune.importance.conditional import (
     output_error,
 )
 from lit_prune.importance.damage import DamageCurve, damage_curve
+from lit_prune.importance.experts import experts_damage, experts_order
 from lit_prune.importance.gaussian import (
     Estimator,
     channel_entropy,
@@ -30,6 +31,8 @@ __all__ = [
     "conditional_mean",
     "damage_curve",
     "damped",
+    "experts_damage",
+    "experts_order",
     "order_damage",
     "output_error",
     "state_entropy",

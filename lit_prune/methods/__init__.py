@@ -26,6 +26,7 @@ from lit_prune.methods import (
 from lit_prune.methods.decision import Case, Decision, Judge, Kept, Method, plan_of
 from lit_prune.methods.entropy import Scores, entropy_scores
 from lit_prune.methods.evidence import prices_of, sizes_of
+from lit_prune.methods.experts import refuse_without_rule
 
 _METHODS = (
     conditional.METHOD,
@@ -78,5 +79,6 @@ __all__ = [
     "plan_of",
     "preset",
     "prices_of",
+    "refuse_without_rule",
     "sizes_of",
 ]

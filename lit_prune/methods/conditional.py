@@ -9,6 +9,11 @@
    whole sub-block, finds the allocation of least predicted damage under the budget. Exact.
 4. The conditional mean of what was cut is folded into what stays.
 
+Experts of a mixture leave in the order in which their contributions add least to the squared error
+of the sub-block (`lit_prune.importance.experts_order`); nothing takes over what they wrote, and
+that tokens are routed anew is not predicted. Where a shared expert stays with them, the end of
+their curve, all of them gone, is scaled to the measured loss of both: a cautious reading.
+
 References:
     The unit score is that of optimal brain surgeon and its structured heirs (Hassibi & Stork, 1992;
     ZipLM, OSSCAR, SlimGPT), the compensation affine least squares (GRAIL and others). Ours is the
@@ -35,7 +40,7 @@ from lit_prune.calibration import SENSITIVITIES, Needs, Unit
 from lit_prune.config import SQUARES
 from lit_prune.decoder import DecoderParts, all_kept
 from lit_prune.errors import BudgetError, CalibrationError
-from lit_prune.importance import damped, order_damage
+from lit_prune.importance import damped, experts_damage, order_damage
 from lit_prune.methods import flap, random
 from lit_prune.methods.decision import CONDITIONAL_OPTIONS, EVERYTHING, Decision, Method
 from lit_prune.methods.entropy import entropy_scores
@@ -91,10 +96,15 @@ def curves_of(case: Case) -> dict[SubBlock, Tensor]:
     scores = _control_scores(case)
     for index, part in case.spec.sub_blocks:
         place: SubBlock = (index, part.kind)
-        weight = parts.output(*place).weight.detach().cpu()
-        covariance = damped((calibration.covariances or {})[place], config.damping)
         order = scores[place].argsort(stable=True)
-        damages = order_damage(covariance, weight, order, part.unit_width)
+        covariance = (calibration.covariances or {})[place]
+        damages: tuple[Tensor, ...]
+        if part.unit == "expert":
+            damages = (experts_damage(covariance, order),) * 2
+        else:
+            weight = parts.output(*place).weight.detach().cpu()
+            covariance = damped(covariance, config.damping)
+            damages = order_damage(covariance, weight, order, part.unit_width)
         leaves = torch.cat([order.new_full((1,), -1), order]).double()
         curves[place] = torch.stack([leaves, *damages], 1)
     return curves

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lit_prune.methods.decision import Method
-from lit_prune.methods.scored import UNITS, by_score, output_weights
+from lit_prune.methods.scored import WITH_EXPERTS, by_score, column_squares
 from lit_prune.methods.wanda import GRAIL_DEVIATIONS
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
     """Return the standardised ``Var(x_j) * ||W_:j||^2``, averaged over the columns of each unit.
 
     In attention the metric is squared before it is standardised over the columns of its layer.
+    What an expert adds to the stream is its columns, as they are.
     """
     units = {(index, part.kind): part.num_units for index, part in case.spec.sub_blocks}
     found: dict[SubBlock, Tensor] = {}
-    for place, weight in output_weights(case).items():
-        metric = case.calibration.units[place][1] * weight.square().sum(0).cpu()
+    for place, squares in column_squares(case).items():
+        metric = case.calibration.units[place][1] * squares
         if place[1] == "attention":
             metric = metric.square()
         spread = metric.std() if len(metric) > 1 else metric.new_tensor(1.0)
@@ -47,7 +48,7 @@ METHOD = Method(
     "for all layers",
     source="An et al., Fluctuation-based Adaptive Structured Pruning for LLMs (FLAP), AAAI 2024",
     decide=by_score(score),
-    granularities=UNITS,
+    granularities=WITH_EXPERTS,
     allocators=("global", "uniform"),
     compensation="mean",
     deviations=(

@@ -8,7 +8,7 @@ import torch
 
 from lit_prune.decoder import DecoderParts
 from lit_prune.methods.decision import Method
-from lit_prune.methods.scored import UNITS, by_score
+from lit_prune.methods.scored import WITH_EXPERTS, by_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +23,12 @@ def score(case: Case) -> dict[SubBlock, Tensor]:
     found: dict[SubBlock, Tensor] = {}
     for index, part in case.spec.sub_blocks:
         total = torch.zeros(part.num_units, dtype=torch.float64)
+        if (routed := parts.routed(index, part.kind)) is not None:
+            for _, name, parameter in routed.owned:
+                if not name.endswith("bias"):
+                    total += parameter.detach().double().square().flatten(1).sum(1).cpu()
+            found[index, part.kind] = total
+            continue
         for linear in parts.inputs(index, part.kind):
             squares = linear.weight.detach().double().square().sum(1).cpu()
             total += squares.reshape(part.num_units, -1).sum(1)
@@ -37,6 +43,6 @@ METHOD = Method(
     source="Han et al., Learning both Weights and Connections, NeurIPS 2015, by groups: the L2 "
     "baseline of LLM-Pruner (Ma et al., NeurIPS 2023)",
     decide=by_score(score),
-    granularities=UNITS,
+    granularities=WITH_EXPERTS,
     allocators=("uniform", "global"),
 )

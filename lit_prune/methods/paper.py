@@ -228,9 +228,9 @@ def _search(budget: Budget, scores: Scores, counts: dict[SubBlock, int]) -> Sele
     options: dict[str, Any] = {"max_attention_removed": max(attending - 1, 0)} if attending else {}
     if solve is depth_first:
         options["node_limit"] = config.node_limit
-    # with channels to give back, any overshoot can be repaired; without, the search itself must hit
-    # the window
-    if "channel" in config.granularities:
+    # channels to give back repair any overshoot; without, the search itself must hit the window
+    fine = any(part.unit == "channel" for _, part in budget.spec.sub_blocks)
+    if fine and "channel" in config.granularities:
         windows: list[tuple[float, float | None]] = [(missing - slack, None)]
     else:
         windows = [

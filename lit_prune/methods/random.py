@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_prune.methods.decision import Method
-from lit_prune.methods.scored import UNITS, by_score
+from lit_prune.methods.scored import WITH_EXPERTS, by_score
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,6 @@ METHOD = Method(
     rule="a control: what stays is drawn, the same number in every layer",
     source="control",
     decide=by_score(score),
-    granularities=UNITS,
+    granularities=WITH_EXPERTS,
     allocators=("uniform", "global"),
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from lit_prune.allocation import Ranking, global_choice, require_met, uniform_choice
 from lit_prune.decoder import DecoderParts, all_kept
 from lit_prune.methods.decision import Decision
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from lit_prune.methods.decision import Case
 
 UNITS: tuple[Granularity, ...] = ("kv_group", "channel")
+WITH_EXPERTS: tuple[Granularity, ...] = (*UNITS, "expert")
 
 
 def by_score(score: Callable[[Case], dict[SubBlock, Tensor]]) -> Callable[[Case], Decision]:
@@ -48,6 +51,17 @@ def output_weights(case: Case) -> dict[SubBlock, Tensor]:
     parts = DecoderParts(case.model)
     return {
         (index, part.kind): parts.output(index, part.kind).weight.detach().double()
+        for index, part in case.spec.sub_blocks
+    }
+
+
+def column_squares(case: Case) -> dict[SubBlock, Tensor]:
+    """Return ``||W_:j||^2`` of every output projection, ``[width]``; one for what experts add."""
+    parts = DecoderParts(case.model)
+    return {
+        (index, part.kind): torch.ones(part.num_units * part.unit_width, dtype=torch.float64)
+        if part.unit == "expert"
+        else parts.output(index, part.kind).weight.detach().double().square().sum(0).cpu()
         for index, part in case.spec.sub_blocks
     }
 

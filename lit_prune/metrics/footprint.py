@@ -125,6 +125,7 @@ def footprint_of(
         decoder_parameters=_num_parameters(parts.layers.parameters()),
         total_parameters=_num_parameters(whole_of(model).parameters()),
         flops_per_token=_linear_flops(parts.layers)
+        + sum(_expert_flops(parts, layer) for layer in range(len(parts.layers)))
         + sum(_attention_flops(*where, context_length) for where in attention),
         head_flops_per_token=0 if head is None else 2 * head.weight.numel(),
         context_length=context_length,
@@ -155,6 +156,15 @@ def _linear_flops(layers: nn.Module) -> int:
 def _odd_sizes(layers: nn.Module) -> tuple[int, ...]:
     linears: Any = (module for module in layers.modules() if is_projection(module))
     return tuple(sorted({size for linear in linears for size in linear.weight.shape if size % 64}))
+
+
+def _expert_flops(parts: DecoderParts, layer: int) -> int:
+    """Count the router and the experts that one token meets: they are no `nn.Linear`."""
+    if (routed := parts.routed(layer)) is None:
+        return 0
+    met = routed.top_k / routed.num_experts
+    packed = sum(p.numel() for p in routed.bank.parameters() if p.ndim == 3)
+    return round(2 * packed * met) + 2 * routed.router.get_parameter("weight").numel()
 
 
 def _attention_flops(parts: DecoderParts, layer: int, context_length: int) -> int:

@@ -17,6 +17,7 @@ from lit_prune.decoder.layout import (
     projections,
 )
 from lit_prune.decoder.projections import rows_by_role, unit_rows
+from lit_prune.saving.experts import widened_experts
 from lit_prune.saving.weights import tensors_of
 
 if TYPE_CHECKING:
@@ -132,8 +133,11 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
     prefix = f"{family.layers}.{index}."
     own = {n.removeprefix(prefix): t for n, t in body.tensors.items() if n.startswith(prefix)}
     like = next(iter(body.tensors.values()))
-    wide: dict[str, Tensor] = {}
+    experts = widened_experts(body, body.layers[index], own)
+    wide: dict[str, Tensor] = {**(experts or {})}
     for kind in KINDS:
+        if kind == "mlp" and experts is not None:
+            continue
         here, there = _rows(body, index, kind), _rows(body, index, kind, widths)
         for path in projections(family, kind):
             weight, bias = own.get(f"{path}.weight"), own.get(f"{path}.bias")
@@ -156,6 +160,9 @@ def widen(body: Body, index: int, widths: Widths, biased: frozenset[str]) -> dic
         for leaf in ("weight", "bias"):  # those of the last one, which is of the same class
             if (last := body.tensors.get(f"{family.final_norm}.{leaf}")) is not None:
                 wide[f"{norm}.{leaf}"] = own.get(f"{norm}.{leaf}", torch.ones_like(last))
+    for path in family.per_head:
+        heads = _heads(body, index), _heads(body, index, widths)
+        wide[path] = _grow(own.get(path), *heads, (), like)
     for path in family.attention_extras:
         others = (t for n, t in body.tensors.items() if n.endswith(f".{path}"))
         wide[path] = own.get(path, torch.ones_like(next(others, like.new_ones(body.head_dim))))
@@ -166,18 +173,27 @@ def _rows(
     body: Body, index: int, kind: SubBlockKind, widths: Widths | None = None
 ) -> dict[str, tuple[Tensor, ...]]:
     """Return which lines of each projection every unit owns, in a layer as it is or in widths."""
-    part = body.layers[index].attention if kind == "attention" else body.layers[index].mlp
-    units, queries = 0, 1
-    if isinstance(part, AttentionLayout):
-        units, queries = part.kv_groups, part.queries_per_group
-    elif isinstance(part, MlpLayout):
-        units = part.channels
-    if widths is not None:
-        units = widths.kv_groups if kind == "attention" else widths.channels
-        queries = widths.queries_per_group
+    units, queries = _units(body, index, kind, widths)
     width = queries * body.head_dim if kind == "attention" else 1
     rows = rows_by_role(body.family, kind, units, body.head_dim, queries)
     return {**rows, body.family.output(kind): unit_rows((width,), units)}
+
+
+def _heads(body: Body, index: int, widths: Widths | None = None) -> tuple[Tensor, ...]:
+    """Return which query heads every KV group owns."""
+    units, queries = _units(body, index, "attention", widths)
+    return unit_rows((queries,), units)
+
+
+def _units(body: Body, index: int, kind: SubBlockKind, widths: Widths | None) -> tuple[int, int]:
+    """Return how many units there are, and query heads of each."""
+    if widths is not None:
+        units = widths.kv_groups if kind == "attention" else widths.channels
+        return units, widths.queries_per_group
+    part = body.layers[index].attention if kind == "attention" else body.layers[index].mlp
+    if isinstance(part, AttentionLayout):
+        return part.kv_groups, part.queries_per_group
+    return (part.channels, 1) if isinstance(part, MlpLayout) else (0, 1)
 
 
 def _grow(

@@ -14,6 +14,7 @@ from lit_prune.errors import FormatError
 from lit_prune.metrics import footprint_of
 from lit_prune.saving.body import widen
 from lit_prune.saving.difference import difference, other_trait
+from lit_prune.saving.experts import packed_notes, uneven_experts, width_fields
 from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.servers import vllm_notes
 from lit_prune.saving.skeleton import as_read, build, stock_classes
@@ -69,6 +70,7 @@ _DENSE = frozenset({"query_key_value", "dense"})
 _FOUR_H = frozenset({"dense_h_to_4h", "dense_4h_to_h"})
 _BEHIND = "norms behind sub-blocks"
 _TOGETHER = "layers that add attention and MLP together"
+_EXPERTS = "mixtures of experts"
 _BOTH = {**_ONLY_ATTENTION, "mlp_bias": _MLP}
 TARGETS = {
     "llama": Target(flags=_BOTH, divisor=True),
@@ -114,6 +116,11 @@ TARGETS = {
     "bloom": Target(
         always=_DENSE | _FOUR_H, even_heads=True, channels=4, unlike="biases of the attention"
     ),
+    "mixtral": Target(unlike=_EXPERTS),
+    "qwen2_moe": Target(flags={"qkv_bias": _QKV}, unlike=_EXPERTS),
+    "qwen3_moe": Target(flags=_ONLY_ATTENTION, unlike=_EXPERTS),
+    "olmoe": Target(flags=_ONLY_ATTENTION, unlike=_EXPERTS),
+    "gpt_oss": Target(flags=_ONLY_ATTENTION, unlike=_EXPERTS),
 }
 CARRIER = "granite"
 
@@ -212,7 +219,7 @@ def _blocked(
         )
     own = body.family.model_type
     if target == own:
-        return None
+        return uneven_experts(body)
     if own not in TARGETS:
         return f"whether {class_name} computes what {type(model).__name__} does is not known"
     if TARGETS[own].unlike is not None:
@@ -257,7 +264,7 @@ def _in(
         "head_dim": body.head_dim,
         "num_key_value_heads": widths.kv_groups,
         "num_attention_heads": widths.kv_groups * widths.queries_per_group,
-        "intermediate_size": widths.channels,
+        **width_fields(body, widths),
     }
     raw |= flags | FAMILIES[target].in_config(sizes)
     raw |= {"model_type": target, "architectures": [model_class.__name__]}
@@ -265,7 +272,8 @@ def _in(
     skeleton = build(config)
     if difference(skeleton, model) is None:
         tensors, ties = tensors_of(model)
-        return _prepared(name, config, tensors, ties, skeleton, verbatim=True)
+        packed = packed_notes(body)
+        return _prepared(name, config, tensors, ties, skeleton, verbatim=True, notes=packed)
     numbers = {index: position for position, index in enumerate(body.layers)}
     layers = f"{body.family.layers}."
     tensors = {n: t for n, t in body.tensors.items() if not n.startswith(layers)}
@@ -281,7 +289,7 @@ def _in(
             name,
             f"rebuilt from its own config it differs in {found}. Was a module replaced by hand?",
         )
-    notes = [*body.notes, *_taxes(model, skeleton)]
+    notes = [*body.notes, *packed_notes(body), *_taxes(model, skeleton)]
     if relabelled:
         notes.insert(
             0,

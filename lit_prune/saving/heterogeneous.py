@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_prune.decoder import task_of
-from lit_prune.decoder.families import PRUNED
+from lit_prune.decoder.families import FAMILIES, PRUNED
 from lit_prune.decoder.layout import layout_of
 from lit_prune.errors import FormatError
 from lit_prune.saving.difference import difference
+from lit_prune.saving.layout_read import meaningless
 from lit_prune.saving.models import HELD, auto_map, class_names, model_file
 from lit_prune.saving.prepared import PreparedDirectory, plain_config
 from lit_prune.saving.skeleton import as_read, build
@@ -22,8 +23,6 @@ from lit_prune.saving.weights import tensors_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_MEANINGLESS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def heterogeneous(model: PreTrainedModel) -> PreparedDirectory:
@@ -53,7 +52,7 @@ def heterogeneous(model: PreTrainedModel) -> PreparedDirectory:
             "constants": [],
             "per_layer_config": layout.per_layer_config(),
         }
-        | dict.fromkeys(_MEANINGLESS, 0)
+        | dict.fromkeys(meaningless(FAMILIES[layout.family]), 0)
     )
     skeleton = build(config)
     if (found := difference(skeleton, model)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lit_prune.decoder.layout import ExpertsLayout
 from lit_prune.errors import FormatError
 from lit_prune.saving.body import Widths, body_of
 from lit_prune.saving.carrier import carry
@@ -38,6 +39,9 @@ def _refuse_differences(body: Body) -> None:
             "num_key_value_heads": getattr(layer.attention, "kv_groups", None),
             "intermediate_size": getattr(layer.mlp, "channels", None),
         }
+        if isinstance(layer.mlp, ExpertsLayout):
+            del sizes["intermediate_size"]
+            sizes["num_experts"] = layer.mlp.experts
         for key, size in sizes.items():
             if size is None:
                 part = "attention" if key == "num_key_value_heads" else "MLP"

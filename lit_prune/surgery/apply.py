@@ -18,30 +18,23 @@ from lit_prune.decoder import (
     DecoderSpec,
     SubBlock,
     auto_class,
-    logits_of,
-    quiet,
     remainder,
     spec_for,
     text_view,
 )
 from lit_prune.decoder.layout import layout_of
 from lit_prune.decoder.projections import kept_lines
-from lit_prune.errors import SurgeryError
 from lit_prune.plan import PruningPlan
 from lit_prune.surgery.cache import cache_slots
+from lit_prune.surgery.compare import check_ids, compare, logits_at, masked_logits
 from lit_prune.surgery.compensation import Compensation, unit_columns
 from lit_prune.surgery.edits import Replaced, StagedEdits
-from lit_prune.surgery.mask import masked
+from lit_prune.surgery.experts import expert_fields, slice_experts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from transformers import PreTrainedModel
-
-# Largest difference of logits to the masked dense model, as a fraction of the largest logit.
-# float32 sums in another order; half precision rounds every activation, and the rounding grows
-# through the layers.
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 
 def apply_plan(
@@ -127,14 +120,14 @@ def applied(
         compensation.check(model, plan)
     # outside inference mode: parameters made inside `Trainer.validate` could never be trained
     with torch.inference_mode(False), torch.no_grad():
-        ids = _check_ids(model)
-        wanted = _wanted(model, plan, compensation, ids) if verify else None
+        ids = check_ids(model)
+        wanted = masked_logits(model, plan, compensation, ids) if verify else None
         edits = stage(model, spec, plan, compensation)
         edits.commit()
     try:
         if wanted is not None:
             with torch.inference_mode(False), torch.no_grad():
-                _compare(wanted, _logits(model, ids), ids)
+                compare(wanted, logits_at(model, ids), ids, routed=spec.has_experts)
         yield edits.record(before, model.parameters())
     except BaseException:
         edits.rollback()
@@ -169,8 +162,12 @@ def stage(
             norms = parts.family.norms(part.kind) if empty else parts.norm_paths(*place)
             _remove(edits, parts, place, norms, biases.get(place) if place == LEADING else None)
             continue
+        kept = plan.layers[index].kept(part.kind)
+        if part.unit == "expert":
+            if len(kept) < part.num_units:
+                slice_experts(edits, parts, index, kept)
+            continue
         if counts[place] < part.num_units:
-            kept = plan.layers[index].kept(part.kind)
             _slice(edits, parts, place, kept, weights.get(place))
         elif place in weights:
             output = parts.output(*place)
@@ -212,6 +209,11 @@ def _slice(
     if place[1] == "attention":
         for name, value in parts.head_counts(place[0], len(kept)).items():
             edits.attribute(parts.sub_block(*place), name, value)
+        heads = unit_columns(kept, parts.head_shape(place[0])[1]).to(device)
+        for path, parameter in parts.per_head(place[0]).items():
+            owner, _, leaf = path.rpartition(".")
+            holder = parts.layers[place[0]].get_submodule(owner)
+            edits.parameter(holder, leaf, parameter[heads], kept=(0, heads))
 
 
 def _remove(
@@ -221,16 +223,16 @@ def _remove(
     norms: tuple[str, ...],
     constant: Tensor | None,
 ) -> None:
-    like = parts.output(*place).weight
     bias = None
     if constant is not None:
+        like = parts.output(*place).weight
         bias = nn.Parameter(constant.to(like).clone(), requires_grad=like.requires_grad)
         edits.added(bias, beside=like)
-    module = parts.constant(place[1], bias)
+    module = parts.constant(*place, bias)
     module.train(parts.sub_block(*place).training)
     home = parts.sub_block_path(place[1])
-    outside = (p for p in parts.family.inputs(place[1]) if not p.startswith(f"{home}."))
-    gone = (*norms, *outside)
+    inputs = () if parts.routed(*place) else parts.family.inputs(place[1])
+    gone = (*norms, *(path for path in inputs if not path.startswith(f"{home}.")))
     left = {path: nn.Identity().train(module.training) for path in gone}
     for path, new_module in {home: module, **left}.items():
         parent, _, leaf = path.rpartition(".")
@@ -268,7 +270,8 @@ def _restack(
             edits.attribute(attention, "layer_idx", slot)
     attentions = [part for _, part in spec.sub_blocks if isinstance(part, AttentionSpec)]
     groups = {counts.get((index, "attention"), 0) for index in blocks}
-    channels = {counts.get((index, "mlp"), 0) for index in blocks}
+    routed = {index for index, part in spec.sub_blocks if part.unit == "expert"}
+    channels = {counts.get((index, "mlp"), 0) for index in blocks if index not in routed}
     queries = {part.queries_per_group for part in attentions}
     fields: dict[str, Any] = {
         "num_hidden_layers": len(blocks),
@@ -284,6 +287,7 @@ def _restack(
         fields["num_attention_heads"] = min(groups) * min(queries)
     if not own and len(channels) == 1 and min(channels):
         fields["intermediate_size"] = min(channels)
+    fields |= expert_fields(edits, parts, spec, counts, blocks)
     configs = {id(module.config): module.config for module in (parts.model, parts.model.base_model)}
     for name in parts.family.per_layer:
         if (listed := getattr(parts.model.config, name, None)) is not None:
@@ -299,46 +303,3 @@ def _restack(
 def _say_what_layers_hold(model: PreTrainedModel) -> None:
     held: Any = layout_of(model).per_layer_config()
     model.config.per_layer_config = held
-
-
-def _check_ids(model: PreTrainedModel) -> Tensor:
-    vocabulary = model.config.vocab_size
-    tokens = min(24, getattr(model.config, "max_position_embeddings", 24))
-    ids = torch.randint(vocabulary, (2, tokens), generator=torch.Generator().manual_seed(0))
-    return ids.to(next(model.parameters()).device)
-
-
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    with quiet(model):
-        return logits_of(model, input_ids=ids)
-
-
-def _wanted(
-    model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None, ids: Tensor
-) -> Tensor | None:
-    """Return the logits of the masked dense model; None where the dense one has no finite ones."""
-    with masked(model, plan, compensation):
-        wanted = _logits(model, ids)
-    if bool(torch.isfinite(wanted).all()):
-        return wanted
-    if not bool(torch.isfinite(_logits(model, ids)).all()):
-        return None  # calibration says so where it matters
-    raise SurgeryError(
-        f"the pruned model would not be finite: {int((~torch.isfinite(wanted)).sum())} of "
-        f"{wanted.numel()} logits of {list(ids.shape)} random tokens are NaN or infinite "
-        f"({wanted.dtype}), and the dense model's are finite. The model is unchanged. Do constants "
-        "or weights of the compensation overflow? Use bfloat16 or float32, or another compensation."
-    )
-
-
-def _compare(wanted: Tensor, got: Tensor, ids: Tensor) -> None:
-    worst = float((wanted.float() - got.float()).abs().max())
-    scale = float(wanted.abs().max()) or 1.0
-    dtype = wanted.dtype
-    if not worst <= _TOLERANCE[dtype] * scale:
-        raise SurgeryError(
-            f"the pruned model does not compute what the plan says: logits of {list(ids.shape)} "
-            f"random tokens differ by {worst:.3g} (largest logit {scale:.3g}, {dtype}) from the "
-            "dense model with the same units masked. The model was put back as it was. Please "
-            "report this with the model's config."
-        )

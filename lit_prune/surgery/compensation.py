@@ -118,8 +118,8 @@ class Compensation:
         if gone and not spec.removed_constants:
             raise PlanMismatchError(
                 f"compensation has a constant in place of layer {gone[0][0]} {gone[0][1]}, which "
-                f"goes whole: in {spec.model_type} models a norm follows every sub-block, which it "
-                "would pass. Make the compensation with removed_mean='drop'."
+                f"goes whole: in {spec.model_type} models {spec.why_no_constants}. Make the "
+                "compensation with removed_mean='drop'."
             )
 
 
@@ -157,7 +157,7 @@ def mean_compensation(
         kept = plan.layers[index].kept(part.kind)
         cut = sorted(set(range(part.num_units)) - set(kept))
         whole_stays = removed_mean == "add" and spec.removed_constants
-        if not cut or (not kept and not whole_stays):
+        if not cut or not part.takes_constant or (not kept and not whole_stays):
             continue
         columns = unit_columns(cut, part.unit_width)
         linear = parts.output(index, part.kind)

@@ -74,7 +74,7 @@ def least_squares_compensation(
     for index, part in spec.sub_blocks:
         place: SubBlock = (index, part.kind)
         kept = plan.layers[index].kept(part.kind)
-        if not kept or len(kept) == part.num_units:
+        if not kept or len(kept) == part.num_units or not part.takes_constant:
             continue
         name = f"layer {index} {part.kind}"
         device = parts.output(*place).weight.device

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune.decoder import DecoderParts, spec_for
 from lit_prune.surgery.compensation import unit_columns
+from lit_prune.surgery.experts import route_past
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,8 +28,8 @@ def masked(
 ) -> Iterator[None]:
     """Make the dense model compute what the pruned one would, for the time of the ``with``.
 
-    No weight is touched: hooks zero the inputs of the output projections that cut units feed, and
-    add the constants.
+    No weight is touched: hooks zero the inputs of the output projections that cut units feed, let
+    routers choose among the experts that stay, and add the constants.
 
     Args:
         model: The dense model that the plan was made for.
@@ -42,6 +43,13 @@ def masked(
     try:
         for index, part in spec.sub_blocks:
             kept = plan.layers[index].kept(part.kind)
+            if (routed := parts.routed(index, part.kind)) is not None:
+                if not kept:
+                    whole = parts.sub_block(index, part.kind)
+                    handles.append(whole.register_forward_hook(_nothing))
+                elif len(kept) < part.num_units:
+                    handles.append(route_past(routed, kept))
+                continue
             linear = parts.output(index, part.kind)
             like = linear.weight
             constant = constants.get((index, part.kind))
@@ -71,6 +79,12 @@ def masked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _nothing(_module: nn.Module, _args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
+    return (torch.zeros_like(output[0]), *output[1:])
 
 
 def _mask(mask: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:

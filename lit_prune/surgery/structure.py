@@ -74,6 +74,11 @@ def take_structure(model: PreTrainedModel, shapes: Shapes) -> bool:
         for part in block.sub_blocks if block.index in found else ():
             place: SubBlock = (block.index, part.kind)
             count = _units(parts, place, shapes)
+            if 0 < count < part.least_units:
+                raise _mismatch(
+                    f"layer {block.index} has {count} experts there, and a token needs "
+                    f"{part.least_units}"
+                )
             if count > part.num_units:
                 raise _mismatch(
                     f"layer {block.index} {part.kind} has {count} units there, {part.num_units} "
@@ -81,7 +86,7 @@ def take_structure(model: PreTrainedModel, shapes: Shapes) -> bool:
                 )
             kept[part.kind] = tuple(range(count))
             added = f"{_layer(parts.family, block.index)}.{_bias(parts, place, count)}"
-            if added in shapes and not (count and part.output_bias):
+            if part.takes_constant and added in shapes and not (count and part.output_bias):
                 constants[place if count else LEADING] = torch.zeros(spec.hidden_size).double()
         layers.append(LayerPlan(block.index, kept["attention"], kept["mlp"]))
     plan = PruningPlan(spec.fingerprint, tuple(layers))
@@ -105,6 +110,10 @@ def _differences(model: PreTrainedModel, shapes: Shapes) -> list[str]:
 def _units(parts: DecoderParts, place: SubBlock, shapes: Shapes) -> int:
     """Return how many units the weights of a sub-block have; 0 where there are none."""
     family, layer = parts.family, _layer(parts.family, place[0])
+    routed = parts.experts_of(place[0]) if place[1] == "mlp" else None
+    if routed is not None:
+        shape = shapes.get(f"{layer}.{routed.router}.weight")
+        return 0 if shape is None else shape[0]
     shape = shapes.get(f"{layer}.{family.output(place[1])}.weight")
     if shape is None:
         return 0

@@ -53,11 +53,10 @@ def random_plan(spec: DecoderSpec, rng: random.Random, allowed: set[str]) -> Pru
         kept: dict[str, tuple[int, ...]] = {"attention": (), "mlp": ()}
         for part in block.sub_blocks:
             units = range(part.num_units)
-            unit = "kv_group" if part.kind == "attention" else "channel"
             if whole or part.kind == half:
                 continue
-            if unit in allowed and part.num_units > 1:
-                count = rng.randrange(1, part.num_units)
+            if part.unit in allowed and part.num_units > part.least_units:
+                count = rng.randrange(part.least_units, part.num_units)
                 kept[part.kind] = tuple(sorted(rng.sample(units, count)))
             else:
                 kept[part.kind] = tuple(units)

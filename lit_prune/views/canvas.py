@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lit_prune.decoder import DecoderSpec, SubBlockKind
+    from lit_prune.decoder.spec import UnitKind
     from lit_prune.plan import PruningPlan
 
 # Okabe and Ito's palette: told apart under every common colour blindness, and in grey.
 KEPT, CUT, ORANGE, GREEN = "#0072B2", "#D55E00", "#E69F00", "#009E73"
 PALE_KEPT, PALE_CUT, ABSENT, GREY = "#e3eef7", "#f7ddca", "#d0d0d0", "#8c8c8c"
-UNIT: dict[SubBlockKind, str] = {"attention": "KV group", "mlp": "MLP channel"}
+_UNITS: dict[UnitKind, str] = {
+    "kv_group": "KV group", "channel": "MLP channel", "expert": "expert"
+}  # fmt: skip
 _MAX_TICKS = 40
 
 
@@ -48,6 +51,24 @@ class Outcome:
     def removed(self) -> bool:
         """Whether this plan removes the sub-block whole."""
         return self.total > 0 and not self.kept
+
+
+def unit_word(spec: DecoderSpec, kind: SubBlockKind) -> str:
+    """Return what the units of the attentions, or of the MLPs, of a model are called.
+
+    Example:
+        >>> from lit_prune.decoder.spec import BlockSpec, DecoderSpec, MlpSpec
+        >>> mlp = MlpSpec(name="mlp", num_channels=4, unit_parameters=6, fixed_parameters=2,
+        ...               output_bias=False)
+        >>> blocks = (BlockSpec(index=0, name="0", attention=None, mlp=mlp),)
+        >>> spec = DecoderSpec(model_type="t", hidden_size=2, blocks=blocks, total_parameters=60,
+        ...                    fingerprint="")
+        >>> unit_word(spec, "mlp"), unit_word(spec, "attention")
+        ('MLP channel', 'KV group')
+    """
+    there = {part.unit: None for _, part in spec.sub_blocks if part.kind == kind}
+    usual: UnitKind = "kv_group" if kind == "attention" else "channel"
+    return " or ".join(_UNITS[unit] for unit in (there or {usual: None}))
 
 
 def outcomes(spec: DecoderSpec, plan: PruningPlan, kind: SubBlockKind) -> list[Outcome]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lit_prune.decoder import KINDS
-from lit_prune.views.canvas import CUT, UNIT, clean, new_figure, outcomes
+from lit_prune.views.canvas import CUT, clean, new_figure, outcomes, unit_word
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ def damage_curves(
             cut = outcome.total - len(outcome.kept)
             axes.plot([share[cut]], [curve[cut]], "o", color=CUT, markersize=4)
             ends[outcome.layer] = curve[-1]
-        axes.set_title(f"{kind}: {UNIT[kind]}s", fontsize=10)
+        axes.set_title(f"{kind}: {unit_word(spec, kind)}s", fontsize=10)
         axes.set(xlabel="removed", ylabel=f"predicted damage ({unit} per token)" * (number == 0))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if least < math.inf:

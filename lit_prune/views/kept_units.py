@@ -10,19 +10,19 @@ from lit_prune.views.canvas import (
     GREY,
     KEPT,
     PALE_CUT,
-    UNIT,
     clean,
     layer_ticks,
     new_figure,
     outcomes,
     removed_blocks,
+    unit_word,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lit_prune.decoder import DecoderSpec, SubBlockKind
+    from lit_prune.decoder import DecoderSpec
     from lit_prune.plan import PruningPlan
     from lit_prune.views.canvas import Outcome
 
@@ -30,7 +30,7 @@ _ANNOTATED_LAYERS = 12  # more, and the numbers would run into each other
 
 
 def kept_units(spec: DecoderSpec, plan: PruningPlan) -> Figure:
-    """Draw the kept share of KV groups and of MLP channels for each layer.
+    """Draw the kept share of KV groups and of MLP channels (or experts) for each layer.
 
     Args:
         spec: The model before pruning.
@@ -48,7 +48,7 @@ def kept_units(spec: DecoderSpec, plan: PruningPlan) -> Figure:
     figure = new_figure(12, 6.4, "What each layer keeps")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes, kind in zip((upper, lower), KINDS, strict=True):
-        _bars(clean(axes), outcomes(spec, plan, kind), kind)
+        _bars(clean(axes), outcomes(spec, plan, kind), unit_word(spec, kind))
     ticks = list(layer_ticks(len(spec.blocks)))
     lower.set_xticks(ticks, [str(spec.blocks[i].index) for i in ticks])
     for i, text in zip(ticks, lower.get_xticklabels(), strict=True):
@@ -71,7 +71,7 @@ def kept_units(spec: DecoderSpec, plan: PruningPlan) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, rows: list[Outcome], kind: SubBlockKind) -> None:
+def _bars(axes: Axes, rows: list[Outcome], unit: str) -> None:
     numbers = len(rows) <= _ANNOTATED_LAYERS
     for row in rows:
         if row.absent:
@@ -102,7 +102,7 @@ def _bars(axes: Axes, rows: list[Outcome], kind: SubBlockKind) -> None:
     axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axes.set_ylabel("kept")
     axes.set_title(
-        f"{UNIT[kind]}s: {kept:,} of {total:,} kept, {share:.1f} % (dashed line)",
+        f"{unit}s: {kept:,} of {total:,} kept, {share:.1f} % (dashed line)",
         loc="left",
         fontsize=10,
     )

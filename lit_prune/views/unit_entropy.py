@@ -9,10 +9,10 @@ from lit_prune.views.canvas import (
     ABSENT,
     CUT,
     PALE_KEPT,
-    UNIT,
     layer_ticks,
     new_figure,
     outcomes,
+    unit_word,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def unit_entropy_heatmap(
     columns = max(min(width, _MAX_COLUMNS), 1)
     values, cut = _columns(rows, entropies, kind, columns / max(width, 1), columns)
     height = min(max(0.34 * len(rows), 2.7), 16.0)
-    unit = UNIT[kind]
+    unit = unit_word(spec, kind)
     figure = new_figure(
         12, height + 2.3, f"Entropy of each {unit}, layer by layer, and what was cut"
     )

@@ -22,14 +22,15 @@ from tests.naive import uneven_rows
 from tests.state import counted_forwards, recount, unchanged
 
 ROWS = tiny_rows(24, 16, seed=4, uneven=True)
-EVERYTHING = ("block", "sub_block", "kv_group", "channel")
+EVERYTHING = ("block", "sub_block", "kv_group", "channel", "expert")
 UNITS = ("kv_group", "channel")
+WITH_EXPERTS = (*UNITS, "expert")
 # As the papers have it: allocator, compensation, what may leave.
 PUBLISHED = {
     "paper": ("depth_first", "mean", EVERYTHING),
     "conditional": ("joint", "sequential", EVERYTHING),
-    "flap": ("global", "mean", UNITS),
-    "flap_ls": ("global", "least_squares", UNITS),
+    "flap": ("global", "mean", WITH_EXPERTS),
+    "flap_ls": ("global", "least_squares", WITH_EXPERTS),
     "wanda": ("uniform", "none", UNITS),
     "wanda_ls": ("uniform", "least_squares", UNITS),
     "owl": ("global", "none", UNITS),
@@ -44,8 +45,8 @@ PUBLISHED = {
     "slimgpt": ("global", "least_squares", UNITS),
     "saap": ("global", "none", UNITS),
     "multipruner": ("greedy", "none", ("sub_block", "kv_group", "channel")),
-    "magnitude": ("uniform", "none", UNITS),
-    "random": ("uniform", "none", UNITS),
+    "magnitude": ("uniform", "none", WITH_EXPERTS),
+    "random": ("uniform", "none", WITH_EXPERTS),
 }
 ALLOCATORS = {
     name

@@ -16,7 +16,7 @@ from lit_prune.decoder import fingerprint, spec_for
 from lit_prune.decoder.layout import layout_of
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.saving.models import HELD as KNOWN
-from lit_prune.saving.models import model_file, pruned_classes
+from lit_prune.saving.models import MIXTURES, class_names, model_file, pruned_classes
 from lit_prune.saving.weights import digest_of
 from lit_prune.surgery import apply_plan
 from lit_prune.surgery.apply import applied
@@ -30,6 +30,8 @@ UNLIKE = {
         '"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),',
         '"mlp": ("gate_proj", "up_proj", "down_proj"),',
         "self.mlp.config = self.self_attn.config = config  # where set_attn_implementation writes",
+        "class PrunedPhi3ForTokenClassification(",  # on one line there
+        "_Strict, GenericForTokenClassification, Phi3PreTrainedModel",
     }
 }
 KINDS = ("no_first_attention_mean", "leading_mean", "no_mlp", "uneven")
@@ -43,9 +45,11 @@ def directory(tmp_path):
 
 @pytest.mark.parametrize("family", sorted(KNOWN))
 def test_model_files_are_copies_of_one_and_import_nothing_of_ours(family):
-    master = model_file("llama").read_text()
-    text = model_file(family).read_text()
-    wanted = master.replace("Llama", family.capitalize()).replace("llama", family)
+    master = "mixtral" if family in MIXTURES else "llama"
+    text, name = model_file(family).read_text(), class_names(family)[0]
+    name = name.removeprefix("Pruned").removesuffix("Config")
+    wanted = model_file(master).read_text().replace(master.capitalize(), name)
+    wanted = wanted.replace(master, family)
     assert text == wanted or family in UNLIKE
     lost = {line.strip() for line in set(wanted.splitlines()) - set(text.splitlines())}
     assert lost == UNLIKE.get(family, set())

@@ -18,6 +18,7 @@ from lit_prune.surgery import (
     StagedEdits,
     apply,
     apply_plan,
+    compare,
     masked,
     mean_compensation,
     weights_digest,
@@ -389,7 +390,7 @@ def test_f26_out_of_memory_while_staging(monkeypatch):
 def test_f26_ctrl_c_while_checking(moment, monkeypatch):
     model = tiny_model(layers=5)
     plan, compensation = compensated(model)
-    plain, calls = apply._logits, []
+    plain, calls = apply.logits_at, []
 
     def interrupted(*args):
         calls.append(1)
@@ -397,7 +398,8 @@ def test_f26_ctrl_c_while_checking(moment, monkeypatch):
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(apply, "_logits", interrupted)
+    for module in (apply, compare):
+        monkeypatch.setattr(module, "logits_at", interrupted)
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         apply_plan(model, plan, compensation)
 
@@ -443,7 +445,7 @@ def test_f30_half_precision_rounding_is_not_mistaken_for_a_fault():
 
 
 def test_f06_an_unsupported_family_names_the_supported_ones():
-    from transformers import MixtralConfig, MixtralForCausalLM, MptConfig, MptForCausalLM
+    from transformers import MptConfig, MptForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
     mpt = MptForCausalLM(MptConfig(d_model=8, n_layers=1, n_heads=1, vocab_size=8))
     with pytest.raises(
@@ -451,12 +453,12 @@ def test_f06_an_unsupported_family_names_the_supported_ones():
         match=r"model_type 'mpt'.*: .*gemma, gemma2, .*, llama, .*register_family",
     ):
         spec_for(mpt)
-    config = MixtralConfig(
+    config = PhimoeConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, num_local_experts=2, vocab_size=8,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"'mixtral'.*register_family"):
-        spec_for(MixtralForCausalLM(config))
+    with pytest.raises(UnsupportedModelError, match=r"'phimoe'.*register_family"):
+        spec_for(PhimoeForCausalLM(config))
     with pytest.raises(UnsupportedModelError, match="is not a causal language model with a head"):
         spec_for(tiny_model(layers=1).model)
     with pytest.raises(UnsupportedModelError, match="holds no Hugging Face causal language model"):

@@ -132,7 +132,8 @@ def test_hparams_are_in_the_run_itself(written, folder):
     assert start.hparams["prune/pruning_ratio"].number_value == 0.3
     assert start.hparams["prune/preset"].string_value == "conditional"
     assert (
-        start.hparams["prune/granularities"].string_value == "block, sub_block, kv_group, channel"
+        start.hparams["prune/granularities"].string_value
+        == "block, sub_block, kv_group, channel, expert"
     )
     experiment = metadata.parse_experiment_plugin_data(plugin[metadata.EXPERIMENT_TAG])
     assert tuple(m.name.tag for m in experiment.metric_infos) == METRICS

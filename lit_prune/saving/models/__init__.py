@@ -1,7 +1,8 @@
 """Model files that travel with a saved directory: self-contained, they never import lit_prune.
 
-``modeling_pruned_llama.py`` is the master; the others are the same text under other names (Phi-3's
-has the names of fused projections, and a config of its own for each attention).
+Two are masters, ``modeling_pruned_llama.py`` and, of mixtures of experts,
+``modeling_pruned_mixtral.py``; the others are the same text under other names (Phi-3's has the
+names of fused projections, and a config of its own for each attention).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from lit_prune.decoder.families import PRUNED
 from lit_prune.decoder.head import TASKS, Task, auto_class
 
 # Families with a model file, so that layers may differ in a saved directory.
-HELD = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+HELD = DENSE + MIXTURES
 MODEL_FILES = frozenset(f"modeling_{PRUNED}{family}.py" for family in HELD)
 
 
@@ -29,8 +32,10 @@ def class_names(family: str, task: Task = "next_token") -> tuple[str, str]:
     Example:
         >>> class_names("llama")
         ('PrunedLlamaConfig', 'PrunedLlamaForCausalLM')
+        >>> class_names("qwen3_moe")[0]
+        'PrunedQwen3MoeConfig'
     """
-    stem = f"Pruned{family.capitalize()}"
+    stem = "".join(part.capitalize() for part in ("pruned", *family.split("_")))
     return f"{stem}Config", next(f"{stem}{end}" for end, other in TASKS.items() if other == task)
 
 

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import (
     Phi3DecoderLayer,
@@ -135,19 +139,12 @@ class PrunedPhi3Model(Phi3Model):
         self.post_init()
 
 
-class PrunedPhi3ForCausalLM(Phi3ForCausalLM):
-    """The stock language model around `PrunedPhi3Model`."""
+class _Strict:
+    """Loading that refuses what transformers would only warn of."""
 
     config_class = PrunedPhi3Config
     config: PrunedPhi3Config
     _no_split_modules = ["PrunedPhi3DecoderLayer"]
-
-    def __init__(self, config: PrunedPhi3Config) -> None:
-        Phi3PreTrainedModel.__init__(self, config)
-        self.model = PrunedPhi3Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -166,8 +163,47 @@ class PrunedPhi3ForCausalLM(Phi3ForCausalLM):
             )
         return (model, info) if asked else model
 
+
+class PrunedPhi3ForCausalLM(_Strict, Phi3ForCausalLM):
+    """The stock language model around `PrunedPhi3Model`."""
+
+    def __init__(self, config: PrunedPhi3Config) -> None:
+        Phi3PreTrainedModel.__init__(self, config)
+        self.model = PrunedPhi3Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
     def _get_static_cache_init_shape(self) -> None:
         """Let a static cache size its slots as they are used: a slot need not be its layer's."""
+
+
+class PrunedPhi3ForSequenceClassification(
+    _Strict, GenericForSequenceClassification, Phi3PreTrainedModel
+):
+    """The stock classifier of texts around `PrunedPhi3Model`."""
+
+    def __init__(self, config: PrunedPhi3Config) -> None:
+        Phi3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedPhi3Model(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class PrunedPhi3ForTokenClassification(_Strict, GenericForTokenClassification, Phi3PreTrainedModel):
+    """The stock classifier of tokens around `PrunedPhi3Model`."""
+
+    def __init__(self, config: PrunedPhi3Config) -> None:
+        Phi3PreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = PrunedPhi3Model(config)
+        names = ("classifier_dropout", "hidden_dropout")
+        found = (getattr(config, name, None) for name in names)
+        self.dropout = nn.Dropout(next((rate for rate in found if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.post_init()
 
 
 def cache_slots(config: Any) -> dict[int, int]:
@@ -187,5 +223,13 @@ def cache_slots(config: Any) -> dict[int, int]:
 # `save_pretrained` writes `auto_map` and this file again
 PrunedPhi3Config.register_for_auto_class("AutoConfig")
 PrunedPhi3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+PrunedPhi3ForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+PrunedPhi3ForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["PrunedPhi3Config", "PrunedPhi3ForCausalLM", "PrunedPhi3Model"]
+__all__ = [
+    "PrunedPhi3Config",
+    "PrunedPhi3ForCausalLM",
+    "PrunedPhi3ForSequenceClassification",
+    "PrunedPhi3ForTokenClassification",
+    "PrunedPhi3Model",
+]
