@@ -127,7 +127,8 @@ def report_rows(before: Measurement, after: Measurement | None) -> tuple[ReportR
     rows = _rows(_FOOTPRINT, before.footprint, after and after.footprint, context)
     classifies = isinstance(before.quality, ClassificationResult)
     quality = _CLASSIFICATION if classifies else _PERPLEXITY
-    rows += _rows(quality, before.quality, after and after.quality)
+    if before.quality is not None:
+        rows += _rows(quality, before.quality, after and after.quality)
     for number, one in enumerate(before.latencies):
         other: LatencyResult | None = None
         notes: dict[str, str] = {}

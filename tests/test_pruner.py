@@ -508,8 +508,8 @@ def test_f18_f26_a_failure_at_any_stage_leaves_the_model_bit_identical(moment, e
 
 def test_f30_a_wrong_result_is_rolled_back(monkeypatch):
     model = tiny_model()
-    plain = apply.unit_columns
-    monkeypatch.setattr(apply, "unit_columns", lambda *args: plain(*args) * 0)
+    plain = apply.kept_lines
+    monkeypatch.setattr(apply, "kept_lines", lambda *args: plain(*args) * 0)
     with unchanged(model), pytest.raises(SurgeryError, match="does not compute what the plan says"):
         run(model)
 

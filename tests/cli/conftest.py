@@ -1,11 +1,13 @@
 """The shell is called as a function: what it prints, and its exit status, are what users see."""
 
 import importlib
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from lit_prune.cli import main
 from tests.models import tiny_model
@@ -40,7 +42,18 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def lit_prune(capsys, recwarn):
+def _loud():
+    """A command quiets the libraries of its process, which is the tests' here."""
+    logger, verbosity = logging.getLogger("lit_prune"), transformers_logging.get_verbosity()
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture
+def lit_prune(capsys, recwarn, _loud):
     """Run a command; return its status, and what it printed."""
 
     def run(*words):
