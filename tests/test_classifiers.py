@@ -124,6 +124,7 @@ def test_a_saved_classifier_is_one_when_loaded(task, format_, tmp_path):
     assert "Perplexity" not in card
 
 
+@pytest.mark.slow
 def test_a_saved_classifier_is_checked_in_a_fresh_process(tmp_path):
     model = tiny_classifier("sequence", pad_token_id=None)  # which takes one text at a time
     run(model, "sequence")

@@ -83,6 +83,7 @@ def test_saved_it_is_the_whole_in_plain_transformers(name, tmp_path):
     assert "AutoModelForImageTextToText.from_pretrained" in card
 
 
+@pytest.mark.slow
 def test_a_saved_whole_is_checked_in_a_fresh_process(tmp_path):
     model = tiny_wrapper("llava")
     path = save_pruned(model, tmp_path / "saved")
