@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # The command `lit-prune` answers --help before torch is there: it imports what it needs by itself.
-if TYPE_CHECKING or Path(*sys.argv[:1]).stem != "lit-prune":
+if TYPE_CHECKING or Path(*sys.argv[:1]).name not in ("lit-prune", "lit-prune.exe"):
     from lit_prune.calibration import Calibration
     from lit_prune.checkpoints import follow_checkpoints
     from lit_prune.config import PruningConfig

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_prune.decoder import IGNORED_LABEL
 from lit_prune.errors import ArtifactError, CalibrationError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # the label of a token that no loss counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ class Window:
 
     Attributes:
         ids: Token ids.
-        labels: The same, `IGNORED` where a token is prompt only.
+        labels: The same, `IGNORED_LABEL` where a token is prompt only.
     """
 
     ids: list[int]
@@ -48,7 +47,7 @@ class Padded:
         batch = {
             "input_ids": torch.zeros(len(windows), most, dtype=torch.int64),
             "attention_mask": torch.zeros(len(windows), most, dtype=torch.int64),
-            "labels": torch.full((len(windows), most), IGNORED),
+            "labels": torch.full((len(windows), most), IGNORED_LABEL),
         }
         for row, window in enumerate(windows):
             length = len(window.ids)
@@ -121,7 +120,7 @@ def windows_of(
         for start in range(0, len(piece.ids), context_length)
         for end in (start + context_length,)
     ]
-    windows = [window for window in windows if any(x != IGNORED for x in window.labels[1:])]
+    windows = [window for window in windows if any(x != IGNORED_LABEL for x in window.labels[1:])]
     if not windows:
         raise CalibrationError("the text has no token to predict: give more of it.")
     return windows
@@ -146,7 +145,7 @@ def tokenized(document: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     else:
         prompt, whole = [], tokenizer.encode(document["text"], verbose=False)
         whole = [*whole, *_end(tokenizer, whole)]
-    return Window(whole, [IGNORED] * len(prompt) + whole[len(prompt) :])
+    return Window(whole, [IGNORED_LABEL] * len(prompt) + whole[len(prompt) :])
 
 
 def _end(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -5,8 +5,9 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from lit_prune.decoder import IGNORED_LABEL
 from lit_prune.errors import ArtifactError, CalibrationError, ConfigError
-from lit_prune.texts import IGNORED, read_documents, tokenized, windows_of
+from lit_prune.texts import read_documents, tokenized, windows_of
 from tests.recipes.conftest import SHIPPED
 
 TEMPLATE = (
@@ -66,12 +67,12 @@ def test_only_the_answer_is_predicted(tokenizer):
         tokenized({"messages": turns}, tokenizer)
     tokenizer.chat_template = TEMPLATE
     window = tokenized({"messages": turns}, tokenizer)
-    answer = [label for label in window.labels if label != IGNORED]
+    answer = [label for label in window.labels if label != IGNORED_LABEL]
     assert tokenizer.decode(answer) == "four</s>"
     assert tokenizer.decode(window.ids) == "<user>two?</s><assistant>four</s>"
     tokenizer.chat_template = None
     window = tokenized({"prompt": "a = ", "completion": "1"}, tokenizer)
-    answer = [label for label in window.labels if label != IGNORED]
+    answer = [label for label in window.labels if label != IGNORED_LABEL]
     assert tokenizer.decode(answer[:-1]) == "1"
     assert answer[-1] == tokenizer.eos_token_id
 
@@ -79,6 +80,6 @@ def test_only_the_answer_is_predicted(tokenizer):
 def test_a_window_of_prompt_alone_is_left_out(tokenizer):
     document = {"prompt": "x = 1\n" * 20, "completion": "pass"}
     windows = windows_of([document], tokenizer, 8)
-    assert all(any(label != IGNORED for label in window.labels[1:]) for window in windows)
+    assert all(any(label != IGNORED_LABEL for label in window.labels[1:]) for window in windows)
     with pytest.raises(ConfigError, match="at least 2"):
         windows_of([document], tokenizer, 1)

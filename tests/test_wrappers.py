@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from lit_prune import apply_plan, load_pruned, prune, save_pruned
+from lit_prune.allocation import aimed
 from lit_prune.calibration import Observer
+from lit_prune.config import PruningConfig
 from lit_prune.decoder import find_causal_lm, spec_for, text_view, whole_of
 from lit_prune.errors import ArtifactError, CalibrationError, FormatError, UnsupportedModelError
 from lit_prune.surgery import masked
@@ -147,3 +149,12 @@ def test_what_the_view_would_not_compute_is_refused():
     model.config.text_config = copy.deepcopy(model.config.text_config)
     with pytest.raises(UnsupportedModelError, match="another config object"):
         run(model)
+
+
+def test_a_target_in_bytes_counts_the_whole():
+    whole = tiny_wrapper("llava")
+    view = text_view(whole)
+    size = sum(p.nbytes for p in whole.parameters())
+    decoder = sum(p.nbytes for p in view.model.layers.parameters())
+    aim = aimed(view, PruningConfig(target_bytes=size - decoder // 4))
+    assert aim.ratio == pytest.approx(0.25 + aim.ratio_tolerance, abs=1e-6)

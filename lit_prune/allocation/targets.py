@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lit_prune.allocation.budget import check_layers, make_budget, within_family
 from lit_prune.allocation.cost import cost_of
 from lit_prune.amounts import amount_of
-from lit_prune.decoder import DecoderParts, spec_for
+from lit_prune.decoder import DecoderParts, spec_for, whole_of
 from lit_prune.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def aimed(
         dtypes = {parameter.dtype for parameter in DecoderParts(model).layers.parameters()}
         # of one dtype, bytes are parameters, which every preset counts
         budget = "weight_bytes" if len(dtypes) > 1 else "parameters"
-        whole = sum(parameter.nbytes for parameter in model.parameters())
+        whole = sum(parameter.nbytes for parameter in whole_of(model).parameters())
         decoder = sum(parameter.nbytes for parameter in DecoderParts(model).layers.parameters())
     return _met_from_below(config, asked, wanted, (whole, decoder), budget)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_prune.calibration.bypass import Unit
 from lit_prune.calibration.rows import Row, RowSet
 from lit_prune.errors import ArtifactError, CalibrationError
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -218,9 +219,9 @@ class Calibration:
             "weights_digest": self.weights_digest,
         }
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        beside = path.with_name(f".{path.name}.tmp")
-        save_file(whole, beside, metadata={"lit_prune": json.dumps(header, allow_nan=False)})
-        beside.replace(path)
+        metadata = {"lit_prune": json.dumps(header, allow_nan=False)}
+        with whole_file(path) as beside:
+            save_file(whole, beside, metadata=metadata)
 
     @classmethod
     def load(cls, path: Path) -> Calibration:

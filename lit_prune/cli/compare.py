@@ -1,7 +1,7 @@
 """Several methods on one text: what each comes to at the same ratio.
 
   lit-prune compare --model my-model --text my-text.txt --pruning_ratio 0.3
-  lit-prune compare --model my-model --text my-text.txt --presets [conditional,flap,wanda,random]
+  lit-prune compare --model my-model --text my-text.txt --presets conditional flap random
 
 Each is calibrated on the same samples and judged on the score side, which none of them has seen, by
 masking the dense model. A difference that is small beside the noise of your text means nothing: for
@@ -47,7 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_model(parser)
     add_text(parser, "to calibrate on, and to score")
     parser.add_argument(
-        "--presets", type=list[str], default=_USUAL, help=f"of {', '.join(PRESETS)}"
+        "--presets", type=str, nargs="+", default=_USUAL, help=f"of {', '.join(PRESETS)}"
     )
     parser.add_argument("--pruning_ratio", type=float, default=0.3, help="of decoder parameters")
     parser.add_argument("--max_calibration_tokens", type=int, default=65_536, help="at most")

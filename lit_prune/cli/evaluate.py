@@ -22,6 +22,7 @@ from lit_prune.config import PruningConfig
 from lit_prune.errors import ArtifactError
 from lit_prune.measurement import conditions, measure, report_rows
 from lit_prune.report import format_value
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,9 +71,8 @@ def run(options: Namespace) -> None:
     if target is not None:
         whole = {"model": options.model, "against": options.against, "words": words}
         whole["rows"] = [asdict(line) for line in lines]
-        beside = target.with_name(f".{target.name}.tmp")
-        beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        beside.replace(target)
+        with whole_file(target) as beside:
+            beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
     print(_table(lines, options))
     print("\n" + "\n".join(f"note: {word}" for word in words))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lit_prune.errors import ArtifactError
 from lit_prune.report import PruningReport
 from lit_prune.saving.page import html_of_directory
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -43,7 +44,8 @@ def run(options: Namespace) -> None:
         if target.is_dir() or (target.exists() and not options.overwrite):
             raise ArtifactError(f"{target} exists; name a new file, or pass --overwrite.")
         try:
-            target.write_text(page, encoding="utf-8")
+            with whole_file(target) as beside:
+                beside.write_text(page, encoding="utf-8")
         except OSError as error:
             raise ArtifactError(f"{target} cannot be written: {error.strerror}.") from error
     print(PruningReport.from_json((directory / "report.json").read_text(encoding="utf-8")))

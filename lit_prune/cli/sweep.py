@@ -1,6 +1,6 @@
 """Many ratios from one calibration: what each would cost, before anything is cut.
 
-  lit-prune sweep --model my-model --text my-text.txt --to sweep --ratios [0.1,0.2,0.3,0.4,0.5]
+  lit-prune sweep --model my-model --text my-text.txt --to sweep --ratios 0.1 0.2 0.3 0.4
   lit-prune sweep --model my-model --calibration plan/calibration.safetensors --to sweep
 
 Prints a table and writes sweep.csv, sweep.json, trade_off.png and calibration.safetensors.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from lit_prune.sweep import SweepPoint
 
-name, usage = "sweep", "--model MODEL --text TEXT --to DIRECTORY --ratios [RATIO,...]"
+name, usage = "sweep", "--model MODEL --text TEXT --to DIRECTORY --ratios RATIO ..."
 FILES = ("sweep.csv", "sweep.json", "trade_off.png", "calibration.safetensors")
 
 
@@ -47,7 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_calibration(parser)
     add_target_directory(parser, "table, curve and calibration")
     parser.add_argument(
-        "--ratios", type=list[float], default=[0.1, 0.2, 0.3, 0.4, 0.5], help="to be tried"
+        "--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="to be tried"
     )
     add_request(parser, targets=False)
 

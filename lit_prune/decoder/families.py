@@ -182,7 +182,6 @@ FAMILIES: dict[str, Family] = {
             _FOUR_H,
             model_type="falcon",
             head_counts={"num_heads": "queries", "num_kv_heads": "groups"},
-            repeats_keys="new_decoder_architecture",
             config_names={
                 "num_key_value_heads": "num_kv_heads",
                 "head_dim": None,

@@ -45,8 +45,6 @@ class Family:
             heads (``queries``), KV heads (``groups``), or columns of all query heads (``width``).
             Most read the weights' shapes. ``config.`` in front: it reads its config, which is
             shared.
-        repeats_keys: Field of the config under which keys and values are cached once for each query
-            head.
         mlp_norm: Norm in front of the MLP, as ``attention_norm``; the same path where both
             sub-blocks of a ``parallel`` layer read one norm.
         mlp_post_norm: Norm over what the MLP writes, as ``attention_post_norm``.
@@ -93,7 +91,6 @@ class Family:
     head_dim: str = "head_dim"
     queries_per_group: str | None = "num_key_value_groups"
     head_counts: Mapping[str, HeadCount] = field(default_factory=dict)
-    repeats_keys: str | None = None
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_post_norm: str | None = None

@@ -219,12 +219,8 @@ class DecoderParts:
 
     def cached_bytes(self, layer: int) -> int:
         """Return the bytes of keys and values that one token leaves in the cache of a layer."""
-        repeats = self.family.repeats_keys
-        times = 1
-        if repeats is not None and getattr(self.model.config, repeats, None):
-            times = self.head_shape(layer)[1]
         _, *cached = self.inputs(layer, "attention")
-        return sum(times * p.out_features * p.module.weight.element_size() for p in cached)
+        return sum(p.out_features * p.module.weight.element_size() for p in cached)
 
     def attended_keys(self, layer: int, context_length: int) -> int:
         """Return how many of ``context_length`` keys a token of this layer attends to."""

@@ -19,7 +19,42 @@ UnitKind = Literal["kv_group", "channel", "expert"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionSpec:
+class _Units:
+    """What every sub-block has; its units are its own.
+
+    Attributes:
+        name: Path of its module.
+        unit_parameters: Parameters that leave with one unit.
+        fixed_parameters: Parameters that leave only with the whole sub-block.
+    """
+
+    name: str
+    unit_parameters: int
+    fixed_parameters: int
+
+    @property
+    def num_units(self) -> int:
+        """How many units there are."""
+        raise NotImplementedError
+
+    @property
+    def least_units(self) -> int:
+        """Fewest units that it can compute with: one."""
+        return 1
+
+    @property
+    def takes_constant(self) -> bool:
+        """Whether its output can be given a bias."""
+        return True
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the sub-block, its norm included."""
+        return self.num_units * self.unit_parameters + self.fixed_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSpec(_Units):
     """One attention sub-block.
 
     Attributes:
@@ -32,12 +67,9 @@ class AttentionSpec:
         output_bias: Whether the output projection has a bias.
     """
 
-    name: str
     num_kv_groups: int
     queries_per_group: int
     head_dim: int
-    unit_parameters: int
-    fixed_parameters: int
     output_bias: bool
 
     @property
@@ -51,16 +83,6 @@ class AttentionSpec:
         return "kv_group"
 
     @property
-    def least_units(self) -> int:
-        """Fewest units that it can compute with: one."""
-        return 1
-
-    @property
-    def takes_constant(self) -> bool:
-        """Whether its output can be given a bias."""
-        return True
-
-    @property
     def num_units(self) -> int:
         """KV groups, the prunable units of attention."""
         return self.num_kv_groups
@@ -70,14 +92,9 @@ class AttentionSpec:
         """Columns of the output projection that one unit owns."""
         return self.queries_per_group * self.head_dim
 
-    @property
-    def num_parameters(self) -> int:
-        """All parameters of the sub-block, its norm included."""
-        return self.num_units * self.unit_parameters + self.fixed_parameters
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MlpSpec:
+class MlpSpec(_Units):
     """One MLP sub-block: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
 
     Attributes:
@@ -88,10 +105,7 @@ class MlpSpec:
         output_bias: Whether the down projection has a bias.
     """
 
-    name: str
     num_channels: int
-    unit_parameters: int
-    fixed_parameters: int
     output_bias: bool
 
     @property
@@ -105,16 +119,6 @@ class MlpSpec:
         return "channel"
 
     @property
-    def least_units(self) -> int:
-        """Fewest units that it can compute with: one."""
-        return 1
-
-    @property
-    def takes_constant(self) -> bool:
-        """Whether its output can be given a bias."""
-        return True
-
-    @property
     def num_units(self) -> int:
         """Intermediate channels, the prunable units of an MLP."""
         return self.num_channels
@@ -124,14 +128,9 @@ class MlpSpec:
         """Columns of the down projection that one unit owns: one."""
         return 1
 
-    @property
-    def num_parameters(self) -> int:
-        """All parameters of the sub-block, its norm included."""
-        return self.num_units * self.unit_parameters + self.fixed_parameters
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertsSpec:
+class ExpertsSpec(_Units):
     """One mixture of experts, in the place of an MLP; see `lit_prune.decoder.experts`.
 
     Attributes:
@@ -144,12 +143,9 @@ class ExpertsSpec:
             expert).
     """
 
-    name: str
     num_experts: int
     top_k: int
     hidden_size: int
-    unit_parameters: int
-    fixed_parameters: int
 
     @property
     def kind(self) -> SubBlockKind:
@@ -185,11 +181,6 @@ class ExpertsSpec:
     def unit_width(self) -> int:
         """Numbers that one unit hands to the sum: all that it writes."""
         return self.hidden_size
-
-    @property
-    def num_parameters(self) -> int:
-        """All parameters of the sub-block, its norm included."""
-        return self.num_units * self.unit_parameters + self.fixed_parameters
 
 
 SubBlockSpec = AttentionSpec | MlpSpec | ExpertsSpec

@@ -53,6 +53,8 @@ class FootprintResult:
         num_layers: Decoder layers.
         odd_sizes: Sizes of linear weights in them that are no multiple of 64, ascending: tiles of
             matrix units are left in part empty.
+        experts: Of each mixture of experts the bytes of all of them, how many there are, and how
+            many compute a token.
     """
 
     decoder_parameters: int
@@ -68,11 +70,18 @@ class FootprintResult:
     head_weight_bytes: int = 0
     num_layers: int = 0
     odd_sizes: tuple[int, ...] = ()
+    experts: tuple[tuple[int, int, int], ...] = ()
 
-    @property
-    def step_weight_bytes(self) -> int:
-        """Bytes of weights that a decoding step reads: decoder layers and head, once each."""
-        return self.decoder_weight_bytes + self.head_weight_bytes
+    def step_weight_bytes(self, sequences: int) -> int:
+        """Return the bytes of weights that a decoding step reads: decoder layers and head, once.
+
+        Of experts those that ``sequences`` tokens meet, if no two share one.
+        """
+        idle = (
+            size - size * min(count, sequences * top_k) // count
+            for size, count, top_k in self.experts
+        )
+        return self.decoder_weight_bytes + self.head_weight_bytes - sum(idle)
 
 
 def footprint_of(
@@ -135,6 +144,11 @@ def footprint_of(
         head_weight_bytes=0 if head is None else head.weight.nbytes,
         num_layers=len(parts.layers),
         odd_sizes=_odd_sizes(parts.layers),
+        experts=tuple(
+            (sum(p.nbytes for p in routed.bank.parameters()), routed.num_experts, routed.top_k)
+            for routed in map(parts.routed, range(len(parts.layers)))
+            if routed is not None
+        ),
     )
     if peak_ids is None:
         return result

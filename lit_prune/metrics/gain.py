@@ -124,8 +124,9 @@ def _decode(
     dense: FootprintResult,
     pruned: FootprintResult,
 ) -> str:
-    most = dense.step_weight_bytes / max(pruned.step_weight_bytes, 1)
-    head = pruned.head_weight_bytes / max(pruned.step_weight_bytes, 1)
+    before, after = (size.step_weight_bytes(one.batch_size) for size in (dense, pruned))
+    most = before / max(after, 1)
+    head = pruned.head_weight_bytes / max(after, 1)
     if speedup.claim:
         # what many sequences compute can shrink more than what they read
         most = max(most, dense.flops_per_token / max(pruned.flops_per_token, 1))
@@ -133,8 +134,8 @@ def _decode(
     if most <= 1:
         return "Nothing that a decoding step reads was removed"
     said = (
-        f"A step reads {_bytes(pruned.step_weight_bytes)} of weights in place of "
-        f"{_bytes(dense.step_weight_bytes)}, {head:.0%} of them the head (often the embeddings, "
+        f"A step reads {_bytes(after)} of weights in place of "
+        f"{_bytes(before)}, {head:.0%} of them the head (often the embeddings, "
         f"too), which pruning leaves alone: {most:.2f}x faster at most"
     )
     return _why_not(said, most, speedup, one, dense, pruned) + _flat(one, others)

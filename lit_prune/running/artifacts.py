@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from lit_prune.errors import ArtifactError
 from lit_prune.running.loops import is_rehearsal
 from lit_prune.views.html import REPORT_PAGE, page_of
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -112,8 +113,6 @@ class Artifacts:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save(self.folder / name)
             except (OSError, SafetensorError) as error:
-                with suppress(OSError):
-                    (self.folder / f".{name}.tmp").unlink()
                 raise ArtifactError(
                     f"{self.folder / name} could not be written: {error}. A file that was there "
                     "before is whole. Is the disk full?"
@@ -129,6 +128,5 @@ def _told() -> Iterator[None]:
 
 
 def _save_text(text: str, path: Path) -> None:
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")

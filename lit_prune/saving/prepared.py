@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from lit_prune.decoder import DecoderParts, auto_class, fingerprint, task_of
+from lit_prune.decoder import DecoderParts, auto_class, fingerprint, task_of, text_view
 from lit_prune.saving.extras import write_tokenizer
 from lit_prune.saving.files import write_json
 from lit_prune.saving.skeleton import as_read
@@ -122,7 +122,7 @@ class PreparedDirectory(Prepared):
             "format": self.format,
             "class": self.class_name,
             "model_type": self.config["model_type"],
-            "layers": len(DecoderParts(self.skeleton).layers),
+            "layers": len(DecoderParts(text_view(self.skeleton)).layers),
             "dtype": self.config["dtype"],
             "tied": self.ties,
             "fingerprint": fingerprint(self.skeleton),

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from typing_extensions import override
 
-from lit_prune.decoder import DecoderParts, fingerprint, text_view, whole_of
+from lit_prune.decoder import DecoderParts, text_view, whole_of
 from lit_prune.decoder.wrapper import WRAPPERS
 from lit_prune.errors import ArtifactError, FormatError
 from lit_prune.saving.prepared import PreparedDirectory
@@ -33,19 +32,6 @@ class PreparedWhole(PreparedDirectory):
     """A multimodal model in the making."""
 
     keeps_buffers = False
-
-    @override
-    def describe(self) -> dict[str, Any]:
-        return {
-            "format": self.format,
-            "class": self.class_name,
-            "model_type": self.config["model_type"],
-            "layers": self.config["text_config"]["num_hidden_layers"],
-            "dtype": self.config["dtype"],
-            "tied": self.ties,
-            "fingerprint": fingerprint(self.skeleton),
-            "notes": list(self.notes),
-        }
 
 
 def prepare_whole(view: PreTrainedModel, name: str) -> PreparedWhole:

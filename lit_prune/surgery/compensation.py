@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_prune.decoder import KINDS, DecoderParts, SubBlock, SubBlockKind, spec_for
 from lit_prune.errors import ArtifactError, PlanMismatchError
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,9 +53,8 @@ class Compensation:
         header = json.dumps(
             {"plan_digest": self.plan_digest, "weights_digest": self.weights_digest}
         )
-        beside = path.with_name(f".{path.name}.tmp")
-        save_file(self.tensors(), beside, metadata={"lit_prune": header})
-        beside.replace(path)
+        with whole_file(path) as beside:
+            save_file(self.tensors(), beside, metadata={"lit_prune": header})
 
     def tensors(self) -> dict[str, Tensor]:
         """Return constants and weights by the names that they have in a file."""

@@ -25,6 +25,7 @@ from lit_prune.views.page.outline import Outline
 from lit_prune.views.page.prices import prices
 from lit_prune.views.page.times import times_of
 from lit_prune.views.page.trade_off import trade_off_of
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,10 +126,8 @@ def write_html(
         ArtifactError: If the file cannot be written; one that was there before is whole.
     """
     page = page_of(report, plan, name=name, sweep=sweep, load=load)
-    beside = path.with_name(f".{path.name}.tmp")
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(path)
+        with whole_file(path) as beside:
+            beside.write_text(page, encoding="utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ArtifactError(f"{path} could not be written: {error}.") from error

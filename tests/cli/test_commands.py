@@ -73,7 +73,7 @@ def test_report_shows_again_what_was_pruned_and_what_is_planned(lit_prune, folde
 def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, folder):
     run = lit_prune(
         "sweep",
-        *("--model", model_directory, "--ratios", "[0.1,0.3,0.99]", *QUICK),
+        *("--model", model_directory, "--ratios", "0.1", "0.3", "0.99", *QUICK),
         *("--calibration", folder / "plan" / "calibration.safetensors", "--to", folder / "sweep"),
     )
     assert (run.status, run.err) == (0, "")
@@ -114,7 +114,7 @@ def test_export_writes_another_format(lit_prune, folder):
 def test_compare_lays_methods_side_by_side(lit_prune, model_directory, text, folder):
     run = lit_prune(
         *("compare", "--model", model_directory, "--text", text, "--to", folder / "compared"),
-        *("--presets", "[flap,random,shortgpt]", "--max_calibration_tokens", "2048"),
+        *("--presets", "flap", "random", "shortgpt", "--max_calibration_tokens", "2048"),
     )
     assert (run.status, run.err) == (0, "")
     found = json.loads((folder / "compared" / "compare.json").read_text())["presets"]

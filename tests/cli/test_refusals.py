@@ -53,8 +53,8 @@ def test_help_is_there_before_torch():
             ["prune", "--model", "M", "--text", "T", "--to", "X", "--target_bytes", "much"],
             ["target_bytes='8GB'"],
         ),
-        (["sweep", "--model", "M", "--to", "X", "--ratios", "[0.1]"], ["--text", "--calibration"]),
-        (["compare", "--model", "M", "--text", "T", "--presets", "[flapp]"], ["'flap'"]),
+        (["sweep", "--model", "M", "--to", "X", "--ratios", "0.1"], ["--text", "--calibration"]),
+        (["compare", "--model", "M", "--text", "T", "--presets", "flapp"], ["'flap'"]),
         (["prune", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
     ],
 )

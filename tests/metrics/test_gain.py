@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from lit_prune.errors import ConfigError
-from lit_prune.metrics import FootprintResult, LatencyResult, footprint_of, gain_words, gains
+from lit_prune.metrics import FootprintResult, footprint_of, gain_words, gains
+from tests.measured import latency
 from tests.models import tiny_model
 
 DENSE = FootprintResult(
@@ -23,26 +24,9 @@ DENSE = FootprintResult(
 PRUNED = replace(DENSE, flops_per_token=1400, decoder_weight_bytes=40_000_000)
 
 
-def result(**changes):
-    base = LatencyResult(
-        device="cpu (2 threads)",
-        dtype="float32",
-        batch_size=1,
-        prompt_tokens=64,
-        new_tokens=8,
-        warmup=2,
-        repetitions=7,
-        prefill_seconds=1.0,
-        prefill_spread=0.01,
-        decode_seconds_per_token=0.1,
-        decode_spread=0.001,
-    )
-    return replace(base, **changes)
-
-
 def gain(pruned=PRUNED, before=None, **after):
     """One batch size, before and after."""
-    before = result() if before is None else before
+    before = latency() if before is None else before
     return gains([before], [replace(before, **after)], DENSE, pruned)[0]
 
 
@@ -65,7 +49,7 @@ def test_bytes_that_stay_are_named_with_the_most_that_they_leave_to_gain():
 
 
 def test_a_spread_wider_than_all_there_is_to_gain_is_said_and_nothing_else():
-    found = gain(before=result(decode_spread=0.02, prefill_spread=0.3))
+    found = gain(before=latency(decode_spread=0.02, prefill_spread=0.3))
     for reason in (found.decode_reason, found.prefill_reason):
         assert "which is less than the spread: more repetitions" in reason
         assert "did not follow" not in reason
@@ -94,7 +78,7 @@ def test_where_nothing_was_removed_nothing_is_explained_away():
 
 @pytest.mark.parametrize(("seconds", "flat"), [(0.13, True), (0.7, False)])
 def test_a_larger_batch_tells_whether_a_step_waits_or_computes(seconds, flat):
-    one, eight = result(), result(batch_size=8, decode_seconds_per_token=seconds)
+    one, eight = latency(), latency(batch_size=8, decode_seconds_per_token=seconds)
     first, second = gains([one, eight], [one, eight], DENSE, PRUNED)
     assert ("8 sequences takes 1.3 times as long as one for 1" in first.decode_reason) == flat
     assert "times as long" not in second.decode_reason
@@ -110,7 +94,7 @@ def test_a_larger_batch_tells_whether_a_step_waits_or_computes(seconds, flat):
 )
 def test_odd_sizes_are_named_where_they_cost(device, dtype, said):
     odd = replace(PRUNED, odd_sizes=(100, 2731))
-    before = result(device=device, dtype=dtype)
+    before = latency(device=device, dtype=dtype)
     found = gains([before], [before], replace(DENSE, odd_sizes=(100,)), odd)[0]
     # 100 was there before
     assert ("no multiple of 64 (2,731)" in found.decode_reason) == said
@@ -126,8 +110,25 @@ def test_the_facts_are_counted_from_the_model():
     size = footprint_of(model)
     assert size.num_layers == 2
     assert size.head_weight_bytes == 64 * 32 * 4
-    assert size.step_weight_bytes == size.decoder_weight_bytes + size.head_weight_bytes
+    assert size.step_weight_bytes(1) == size.decoder_weight_bytes + size.head_weight_bytes
     assert size.odd_sizes == (16, 32, 48)
     assert footprint_of(
         tiny_model(hidden_size=64, intermediate_size=128, head_dim=16)
     ).odd_sizes == (32,)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_meet():
+    size = footprint_of(tiny_model("mixtral"))
+    read = [size.step_weight_bytes(sequences) for sequences in (1, 2, 99)]
+    assert size.experts == ((size.experts[0][0], 6, 2),) * 4
+    apart = sum(each[0] for each in size.experts)
+    assert read[2] == size.decoder_weight_bytes + size.head_weight_bytes
+    assert read[2] - read[0] == apart * 4 // 6
+    assert read[2] - read[1] == apart * 2 // 6
+
+
+def test_experts_that_go_leave_a_step_for_one_sequence_as_it_is():
+    dense = replace(DENSE, experts=((30_000_000, 6, 2),))
+    fewer = replace(DENSE, decoder_weight_bytes=50_000_000, experts=((20_000_000, 4, 2),))
+    found = gains([latency()], [latency()], dense, fewer)
+    assert found[0].decode_reason == "Nothing that a decoding step reads was removed"

@@ -2,13 +2,13 @@
 
 import itertools
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
 
 from lit_prune.errors import ConfigError
-from lit_prune.metrics import Latency, LatencyResult, compare, measure_latency
+from lit_prune.metrics import Latency, compare, measure_latency
+from tests.measured import latency
 from tests.models import tiny_model
 
 PROMPT = torch.arange(3, 3 + 2 * 12).reshape(2, 12)
@@ -24,20 +24,7 @@ def script(*runs):
 
 
 def result(**changes):
-    base = LatencyResult(
-        device="cpu (2 threads)",
-        dtype="float32",
-        batch_size=1,
-        prompt_tokens=64,
-        new_tokens=8,
-        warmup=2,
-        repetitions=7,
-        prefill_seconds=1.0,
-        prefill_spread=0.03,
-        decode_seconds_per_token=0.1,
-        decode_spread=0.002,
-    )
-    return replace(base, **changes)
+    return latency(**{"prefill_spread": 0.03, "decode_spread": 0.002, **changes})
 
 
 def test_medians_spread_and_warmup():

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, replace
 
-from lit_prune.metrics import LatencyResult
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.report import PruningReport, ReportRow
+from tests.measured import latency
 
 HOSTILE = "<script>alert('x')</script>&\"\u202e\udc80 `<b>`"
 
@@ -44,26 +44,9 @@ def transfer():
     return {"measure": "transfer entropy", "unit": "nats", "whole": whole}
 
 
-def latency(batch_size=1, **changes):
-    base = LatencyResult(
-        device="cpu (1 threads)",
-        dtype="float32",
-        batch_size=batch_size,
-        prompt_tokens=64,
-        new_tokens=8,
-        warmup=2,
-        repetitions=7,
-        prefill_seconds=1.0,
-        prefill_spread=0.01,
-        decode_seconds_per_token=0.1,
-        decode_spread=0.001,
-    )
-    return replace(base, **changes)
-
-
 def timed(batch_size=1, reasons=None, **after):
     """What a report holds of one batch size; ``after`` says what has changed."""
-    before = latency(batch_size)
+    before = latency(batch_size=batch_size)
     return {
         "before": asdict(before),
         "after": asdict(replace(before, **after)),

@@ -137,7 +137,7 @@ def test_the_three_answers_of_a_plain_success():
     assert cost.startswith("Perplexity 10.00 → 11.00 +10 %: higher, which is worse")
     faster = card(page, "Is it faster?")
     assert faster.startswith("Yes reading the prompt (prefill): 2.00× faster at batch 1, 2.00×")
-    assert "on cpu (1 threads), float32" in faster
+    assert "on cpu (2 threads), float32" in faster
     assert "see Latency" not in faster
 
 
@@ -168,7 +168,7 @@ def test_latency_is_stated_with_its_spread_conditions_and_reasons():
     words = Page(page_of(report, plan)).words
     assert "prefill, batch 1 1,000 ± 10 ms 1,000 ± 10 ms 1.00× ± 2 % no meas" in words
     assert "decode, batch 8 100 ± 1 ms 50.00 ± 1.00 ms 2.00× ± 4 % faster" in words
-    assert "On cpu (1 threads), float32; prompts of 64 tokens, 8 new ones, greedy" in words
+    assert "On cpu (2 threads), float32; prompts of 64 tokens, 8 new ones, greedy" in words
     assert "median of 7 runs after 2 thrown away" in words
     assert "prefill at batch 1 and 8: it is short of work." in words
 

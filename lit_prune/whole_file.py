@@ -1,0 +1,34 @@
+"""A file that appears whole, or not at all."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to; it takes its place when the block ends well.
+
+    A file that was there before is whole at every moment, and stays if the block fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with whole_file(Path(folder, "plan.json")) as beside:
+        ...         _ = beside.write_text("{}")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['plan.json']
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
