@@ -224,7 +224,11 @@ def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]
         found = gains(before.latencies, after.latencies, before.footprint, after.footprint)
         for entry, latency, gain in zip(whole["latency"], after.latencies, found, strict=True):
             entry["after"] = asdict(latency)
-            entry["reasons"] = {"prefill": gain.prefill_reason, "decode": gain.decode_reason}
+            entry["reasons"] = {
+                "prefill": gain.prefill_reason,
+                "decode": gain.decode_reason,
+                "larger_batch": gain.larger_batch,
+            }
         words += gain_words(found)
     whole["peak_memory_method"] = before.footprint.peak_method
     return {**whole, "words": words}

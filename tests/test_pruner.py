@@ -326,7 +326,7 @@ def test_latency_and_peak_memory_are_measured_where_asked():
     assert "batch 3, decode: " in words
     times = result.report.conditions["latency"]
     assert [entry["after"]["batch_size"] for entry in times] == [2, 3]
-    assert all({"prefill", "decode"} == set(entry["reasons"]) for entry in times)
+    assert all({"prefill", "decode", "larger_batch"} == set(entry["reasons"]) for entry in times)
     assert "prefill_seconds" not in {row.key for row in run(model, 0.1).report.rows}
 
 

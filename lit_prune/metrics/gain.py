@@ -28,11 +28,13 @@ class Gain:
         prefill_reason: Why no gain in prefill may be claimed, or why one that was measured is
             doubtful; else empty.
         decode_reason: The same of decoding.
+        larger_batch: What the largest batch tells about decoding steps for so few; else empty.
     """
 
     comparison: LatencyComparison
     prefill_reason: str = ""
     decode_reason: str = ""
+    larger_batch: str = ""
 
 
 def gain_words(found: Sequence[Gain]) -> list[str]:
@@ -55,14 +57,14 @@ def gain_words(found: Sequence[Gain]) -> list[str]:
     lines, reasons = [], dict[tuple[str, str], list[str]]()
     for gain in found:
         comparison = gain.comparison
+        lines += [f"batch {comparison.batch_size}, {phase.words}" for phase in comparison.phases]
         for phase, reason in (
-            (comparison.prefill, gain.prefill_reason),
-            (comparison.decode, gain.decode_reason),
+            ("prefill", gain.prefill_reason),
+            ("decode", gain.decode_reason),
+            ("decode", gain.larger_batch),
         ):
-            if phase is not None:
-                lines.append(f"batch {comparison.batch_size}, {phase.words}")
-            if phase is not None and reason:
-                reasons.setdefault((phase.phase, reason), []).append(str(comparison.batch_size))
+            if reason:
+                reasons.setdefault((phase, reason), []).append(str(comparison.batch_size))
     lines += [
         f"{phase} at batch {' and '.join(batches)}: {reason}"
         for (phase, reason), batches in reasons.items()
@@ -110,19 +112,23 @@ def gains(
     for one, other in zip(before, after, strict=True):
         comparison = compare(one, other)
         prefill = _prefill(comparison.prefill, one, dense, pruned)
-        decode = ""
+        decode = flat = ""
         if comparison.decode is not None:  # a classifier decodes nothing
-            decode = _decode(comparison.decode, other, after, dense, pruned)
-        found.append(Gain(comparison=comparison, prefill_reason=prefill, decode_reason=decode))
+            decode = _decode(comparison.decode, other, dense, pruned)
+            flat = "" if comparison.decode.claim else _flat(other, after)
+        found.append(
+            Gain(
+                comparison=comparison,
+                prefill_reason=prefill,
+                decode_reason=decode,
+                larger_batch=flat,
+            )
+        )
     return tuple(found)
 
 
 def _decode(
-    speedup: Speedup,
-    one: LatencyResult,
-    others: Sequence[LatencyResult],
-    dense: FootprintResult,
-    pruned: FootprintResult,
+    speedup: Speedup, one: LatencyResult, dense: FootprintResult, pruned: FootprintResult
 ) -> str:
     before, after = (size.step_weight_bytes(one.batch_size) for size in (dense, pruned))
     most = before / max(after, 1)
@@ -138,7 +144,7 @@ def _decode(
         f"{_bytes(before)}, {head:.0%} of them the head (often the embeddings, "
         f"too), which pruning leaves alone: {most:.2f}x faster at most"
     )
-    return _why_not(said, most, speedup, one, dense, pruned) + _flat(one, others)
+    return _why_not(said, most, speedup, one, dense, pruned)
 
 
 def _prefill(
@@ -208,7 +214,7 @@ def _flat(one: LatencyResult, others: Sequence[LatencyResult]) -> str:
     if times >= _FLAT * largest.batch_size / one.batch_size:
         return ""
     return (
-        f". A step for {largest.batch_size} sequences takes {times:.1f} times as long as one for "
+        f"A step for {largest.batch_size} sequences takes {times:.1f} times as long as one for "
         f"{one.batch_size}: it waits for weights and for the start of operations, not for "
         "arithmetic. Larger batches and longer prompts show more of what was saved"
     )

@@ -80,8 +80,10 @@ def test_where_nothing_was_removed_nothing_is_explained_away():
 def test_a_larger_batch_tells_whether_a_step_waits_or_computes(seconds, flat):
     one, eight = latency(), latency(batch_size=8, decode_seconds_per_token=seconds)
     first, second = gains([one, eight], [one, eight], DENSE, PRUNED)
-    assert ("8 sequences takes 1.3 times as long as one for 1" in first.decode_reason) == flat
-    assert "times as long" not in second.decode_reason
+    assert ("8 sequences takes 1.3 times as long as one for 1" in first.larger_batch) == flat
+    assert second.larger_batch == ""
+    assert gain_words([first, second])[4].startswith("prefill at batch 1 and 8: ")
+    assert gain_words([first, second])[5].startswith("decode at batch 1 and 8: ")
 
 
 @pytest.mark.parametrize(

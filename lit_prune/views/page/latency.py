@@ -17,7 +17,8 @@ _SECONDS = {
     "prefill": ("prefill_seconds", "prefill_spread"),
     "decode": ("decode_seconds_per_token", "decode_spread"),
 }
-_NAMES = {"prefill": "prefill", "decode": "decode"}
+# What is said of each phase, by the keys of `Timed.reasons`.
+_REASONS = {"prefill": ("prefill",), "decode": ("decode", "larger_batch")}
 
 
 def latency(times: list[Timed]) -> Element:
@@ -36,19 +37,21 @@ def latency(times: list[Timed]) -> Element:
                 continue
             rows.append(
                 [
-                    f"{_NAMES[name]}, batch {batch}",
+                    f"{name}, batch {batch}",
                     _time(one.before, name),
                     "–" if one.after is None else _time(one.after, name),
                     _ratio(phase),
                     _verdict(phase),
                 ]
             )
-            if reason := one.reasons.get(name):
+            for reason in filter(None, map(one.reasons.get, _REASONS[name])):
                 reasons.setdefault((name, reason), []).append(str(batch))
     first = times[0].before
+    new = (
+        f"{first.new_tokens} new ones, greedy, with KV cache" if first.new_tokens else "no new ones"
+    )
     conditions = (
-        f"On {first.device}, {first.dtype}; prompts of {first.prompt_tokens} tokens, "
-        f"{first.new_tokens} new ones, greedy, with KV cache; median of {first.repetitions} runs "
+        f"On {first.device}, {first.dtype}; prompts of {first.prompt_tokens} tokens, {new}; median of {first.repetitions} runs "
         f"after {first.warmup} thrown away; ± is the interquartile range. A speed-up is claimed "
         "only where it lies outside the spread of both measurements together."
     )

@@ -21,7 +21,8 @@ class Timed:
     Attributes:
         before: Of the dense model.
         after: Of the pruned model; None in a dry run.
-        reasons: By phase, why no gain may be claimed, or why it is doubtful; else empty.
+        reasons: By phase, why no gain may be claimed, or why it is doubtful; else empty. And, as
+            ``larger_batch``, what that tells about decoding for few sequences.
     """
 
     before: LatencyResult
