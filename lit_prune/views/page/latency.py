@@ -47,13 +47,14 @@ def latency(times: list[Timed]) -> Element:
             for reason in filter(None, map(one.reasons.get, _REASONS[name])):
                 reasons.setdefault((name, reason), []).append(str(batch))
     first = times[0].before
-    new = (
-        f"{first.new_tokens} new ones, greedy, with KV cache" if first.new_tokens else "no new ones"
-    )
+    new = "no new ones"  # of a classifier
+    if first.new_tokens:
+        new = f"{first.new_tokens} new ones, greedy, with KV cache"
     conditions = (
-        f"On {first.device}, {first.dtype}; prompts of {first.prompt_tokens} tokens, {new}; median of {first.repetitions} runs "
-        f"after {first.warmup} thrown away; ± is the interquartile range. A speed-up is claimed "
-        "only where it lies outside the spread of both measurements together."
+        f"On {first.device}, {first.dtype}; prompts of {first.prompt_tokens} tokens, {new}; "
+        f"median of {first.repetitions} runs after {first.warmup} thrown away; ± is the "
+        "interquartile range. A speed-up is claimed only where it lies outside the spread of both "
+        "measurements together."
     )
     header = ["Phase", "Before", "After", "Speed-up", "Verdict"]
     shown = table(
