@@ -103,7 +103,7 @@ def before_after(report: PruningReport) -> Table:
     table.add_column("", no_wrap=True)
     for column in ("before", "after", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", style="dim", no_wrap=True)
+    table.add_column("", style="dim")  # what wraps where a terminal is narrow
     for row in report.table():
         table.add_row(*row)
     return table

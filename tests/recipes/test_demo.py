@@ -1,12 +1,20 @@
 """`make demo`, small: everything that it promises is there afterwards."""
 
+import io
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_prune import load_pruned
-from tests.recipes.conftest import SHIPPED
+from tests.recipes.conftest import ROOT, SHIPPED
+
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from demo import before_after
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +33,19 @@ def test_prints_losses_table_and_text(demo):
     assert len(losses(stdout)) == 3
     for words in ("parameters in decoder layers", "as shipped", "pruned, reloaded", "--logdir"):
         assert words in stdout
+
+
+def test_of_long_numbers_in_a_narrow_terminal_none_is_cut_off():
+    rows = [
+        ("parameters in decoder layers", "4.06 M", "2.84 M", "0.701", ""),
+        ("prefill, batch 8", "100.03 ktok/s", "100.83 ktok/s", "10.266", "inside the spread"),
+    ]
+    screen = io.StringIO()
+    Console(file=screen, width=80).print(before_after(SimpleNamespace(table=lambda: rows)))
+    printed = screen.getvalue()
+    for word in (word for row in rows for cell in row for word in cell.split()):
+        assert word in printed
+    assert "…" not in printed
 
 
 def test_saved_model_loads(demo):
