@@ -28,7 +28,12 @@ def add_model(parser: ArgumentParser) -> None:
         required=True,
         help="a directory, or a name on the Hugging Face Hub (opens the network)",
     )
-    group.add_argument("--dtype", type=Dtype, default="auto", help="auto: as it is stored")
+    group.add_argument(
+        "--dtype",
+        type=Dtype,
+        default="auto",
+        help="auto: as it is stored; on a CPU float32 may be several times faster",
+    )
     group.add_argument(
         "--device", type=str, default="auto", help="auto: the first GPU, else the CPU"
     )
