@@ -197,7 +197,7 @@ def _about(other: Replayed, calibrated: Replayed) -> dict[SubBlock, Tensor]:
             moments[place] = covariance
             continue
         shift = other.units[place][0] - calibrated.units[place][0]
-        moments[place] = covariance + torch.outer(shift, shift)
+        moments[place] = covariance.addr_(shift, shift)  # large, and nobody else's
     return moments
 
 

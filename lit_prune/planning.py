@@ -131,7 +131,7 @@ def make_plan(
         plan = plan_of(spec, kept)
         if (known := memory.get((plan.digest, side))) is not None:
             return known
-        with quiet(model), masked(model, plan, compensation_of(plan)):
+        with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
             batches = calibration.rows.batches(side, config.replay_batch_tokens)
             if side == "calibrate":  # hundreds of drafts are judged there
                 batches = first_tokens(batches, config.search_tokens)

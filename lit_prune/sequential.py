@@ -172,7 +172,7 @@ def sequential_compensation(
                 ):
                     continue
                 columns = unit_columns(kept, part.unit_width)
-                with masked(model, _until(spec, plan, place), made):
+                with masked(model, _until(spec, plan, place), made, spec=spec):
                     moments = {
                         side: _moments(parts, place, columns, batches)
                         for side, batches in text.items()
@@ -180,7 +180,8 @@ def sequential_compensation(
                 refused += _fit(
                     parts, place, columns, moments, damping, made, cut=cut, bias=cut and add_biases
                 )
-            with masked(model, _until(spec, plan, (block.index + 1, "attention")), made):
+            before = _until(spec, plan, (block.index + 1, "attention"))
+            with masked(model, before, made, spec=spec):
                 for batch in chain(*text.values()):
                     batch.follow(parts, block.index)
             bar.update()

@@ -1,5 +1,6 @@
 """Settings for the whole suite, made before anything imports torch or transformers."""
 
+import gc
 import importlib.util
 import os
 
@@ -23,6 +24,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for marker in missing.keys() & item.keywords.keys():
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
+
+
+def pytest_collection_finish():
+    """Let the garbage collector, which Lightning calls in every run, pass over what is imported."""
+    gc.freeze()
 
 
 # ---- model fixtures (the builders are in tests/models.py) ----

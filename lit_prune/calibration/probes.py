@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_prune.calibration.covariance import ChannelCovariance
+from lit_prune.calibration.covariance import joint_moments
 from lit_prune.calibration.inputs import by_token
-from lit_prune.calibration.moments import ChannelMoments
+from lit_prune.calibration.moments import block_moments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lit_prune.calibration.covariance import Moments
-    from lit_prune.calibration.moments import BlockMoments
+    from lit_prune.calibration.moments import BlockMoments, ChannelMoments
     from lit_prune.decoder import DecoderParts, Routed, SubBlock
 
 # Numbers in the contributions that are held at once (64 MB in float32).
@@ -82,8 +82,8 @@ class _Projection(Probe):
         self, args: tuple[Any, ...], mask: Tensor, *, near: ChannelMoments | None, joint: bool
     ) -> tuple[BlockMoments, Moments | None]:
         x = by_token(args[0].detach(), mask)[mask.to(args[0].device)]
-        moments = (ChannelMoments(self.width) if near is None else near).measure(x)
-        return moments, ChannelCovariance(self.width).measure(x) if joint else None
+        moments = block_moments(x) if near is None else near.measure(x)
+        return moments, joint_moments(x) if joint else None
 
 
 class _Experts(Probe):

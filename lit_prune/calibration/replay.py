@@ -146,9 +146,13 @@ def replay(
                         changed[unit] = change.double().sum().cpu()
                         bar.update()
             for probed, part in probes.measured.items():
-                moments.setdefault(probed, ChannelMoments(part[1].numel())).update(part)
+                if probed not in moments:
+                    moments[probed] = ChannelMoments(part[1].numel())
+                moments[probed].update(part)
             for probed, joint_part in probes.joints.items():
-                joints.setdefault(probed, ChannelCovariance(len(joint_part[1]))).update(joint_part)
+                if probed not in joints:
+                    joints[probed] = ChannelCovariance(len(joint_part[1]))
+                joints[probed].update(joint_part)
             for unit, part in found.items():
                 states[unit].update(part)
             for unit, square in changed.items():
@@ -156,7 +160,7 @@ def replay(
     # a rank without a batch has nothing of its own, and takes part in every sum
     probed_places = {place: probe_of(parts, place) for place in parts.places()}
     whole_units = {
-        place: moments.get(place, ChannelMoments(probe.width)).result(ranks)
+        place: (moments.get(place) or ChannelMoments(probe.width)).result(ranks)
         for place, probe in probed_places.items()
     }
     found_states = {

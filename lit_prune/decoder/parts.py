@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +38,7 @@ class DecoderParts:
         self.model = model
         self.family: Family = family_of(model)
 
-    @property
+    @cached_property
     def layers(self) -> nn.ModuleList:
         """The stack of decoder layers."""
         layers = self.model.get_submodule(self.family.layers)
@@ -199,7 +200,7 @@ class DecoderParts:
     def input_modules(self, layer: int, kind: SubBlockKind) -> tuple[Projection, ...]:
         """Return the same, each module once: of a fused one, what a unit owns in all its roles."""
         return tuple(
-            self._projection(layer, path, torch.cat(found, 1))
+            self._projection(layer, path, found[0] if len(found) == 1 else torch.cat(found, 1))
             for path, found in self._rows(layer, kind).items()
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -83,10 +84,13 @@ class Projection:
         return self.rows.flatten().to(self.module.weight.device)
 
 
+@lru_cache(maxsize=256)
 def unit_rows(
-    widths: Sequence[int], units: int, *, interleaved: bool = False
+    widths: tuple[int, ...], units: int, *, interleaved: bool = False
 ) -> tuple[Tensor, ...]:
     """Return the rows of a fused projection that each unit owns in each role.
+
+    Remembered, for a model has many layers of one shape: what is returned is not to be changed.
 
     Args:
         widths: Rows of a unit, for each role, in the order in which the roles lie there.
@@ -95,7 +99,7 @@ def unit_rows(
             of all units follows another.
 
     Returns:
-        ``[units, width]`` for each role.
+        ``[units, width]`` for each role, on the CPU.
 
     Example:
         >>> [rows.tolist() for rows in unit_rows((2, 1), 2)]
@@ -106,8 +110,8 @@ def unit_rows(
     found, before = [], 0
     for width in widths:
         first, step = (before, sum(widths)) if interleaved else (before * units, width)
-        starts = first + step * torch.arange(units).unsqueeze(1)
-        found.append(starts + torch.arange(width))
+        starts = first + step * torch.arange(units, device="cpu").unsqueeze(1)
+        found.append(starts + torch.arange(width, device="cpu"))
         before += width
     return tuple(found)
 

@@ -79,25 +79,23 @@ def damage_curve(covariance: Tensor, weight: Tensor, unit_width: int = 1) -> Dam
         tensor([ 0.0000,  0.3600,  2.6100, 10.4500], dtype=torch.float64)
     """
     covariance, weight = checked(covariance, weight, unit_width)
-    device, units = weight.device, weight.shape[1] // unit_width
-    left = torch.arange(units, device=device)
+    units = weight.shape[1] // unit_width
+    left = torch.arange(units, device=weight.device)
     order: list[Tensor] = []
     costs: list[Tensor] = []
     while len(left):
         compensated, factor = solved(covariance, weight, columns_of(left, unit_width))
         gram, inverse = compensated.T @ compensated, torch.cholesky_inverse(factor)
-        gone = torch.zeros(len(left), dtype=torch.bool, device=device)
+        panel = _Panel(inverse, gram, unit_width)
         leaves = len(left) - math.floor(_REFACTOR * len(left))
         while leaves:
-            steps = min(max(_PANEL // unit_width, 1), leaves)
-            leaving, cost, factor, written = _eliminate(inverse, gram, gone, unit_width, steps)
+            leaving, cost = panel.eliminate(min(panel.units, leaves))
             order.append(left[leaving])
             costs.append(cost)
-            leaves -= steps
+            leaves -= len(leaving)
             if leaves:
-                inverse.addmm_(factor.T, factor, alpha=-1)
-                gram.addmm_(factor.T, written, alpha=-1).addmm_(written.T, factor, alpha=-1)
-        left = left[~gone]
+                panel.fold()
+        left = left[~panel.gone]
     damage = torch.cat([weight.new_zeros(1), torch.cat(costs).cumsum(0)])
     if not bool(torch.isfinite(damage).all()):
         raise ScoreError(
@@ -107,10 +105,8 @@ def damage_curve(covariance: Tensor, weight: Tensor, unit_width: int = 1) -> Dam
     return DamageCurve(torch.cat(order), damage)
 
 
-def _eliminate(
-    inverse: Tensor, gram: Tensor, gone: Tensor, width: int, steps: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Let ``steps`` units leave, without touching the matrices (nor the host: no synchronisation).
+class _Panel:
+    """Units that leave one after the other while the matrices stay as they are.
 
     What a unit costs is told by its own blocks of the inverse and of the Gram matrix ``R^T R`` of
     the compensated weights: the weights themselves are not needed, so that a step reads rows of
@@ -119,40 +115,83 @@ def _eliminate(
 
         inverse -= f^T f,    gram -= f^T g + g^T f,    g = h - q f / 2
 
-    Args:
-        inverse: ``[m, m]``, of the covariance of what is left.
-        gram: ``[m, m]``.
-        gone: Units that left before, ``[m / width]``, whose rows are zero by now; added to.
-        width: Columns of a unit.
-        steps: Units that leave.
+    All ``f`` and ``g`` of a panel are kept, and folded into the matrices together.
 
-    Returns:
-        Units, costs ``tr q``, and all ``f`` and all ``g``, ``[steps * width, m]``.
+    Args:
+        inverse: ``[m, m]``, of the covariance of what is left; `fold` changes it.
+        gram: ``[m, m]``; likewise.
+        width: Columns of a unit.
+
+    Attributes:
+        units: How many may leave before `fold`.
+        gone: Units that left, ``[m / width]``.
     """
-    factor = inverse.new_empty(steps * width, len(inverse))
-    written = torch.empty_like(factor)
-    own, grams = own_blocks(inverse, width), own_blocks(gram, width)
-    leaving, costs = [], []
-    for step in range(steps):
-        unit = unit_damage(own, grams).masked_fill(gone, math.inf).argmin().view(1)
-        columns = columns_of(unit, width)
-        done, here = step * width, slice(step * width, (step + 1) * width)
-        past_factor, past_written = factor[:done], written[:done]
+
+    def __init__(self, inverse: Tensor, gram: Tensor, width: int) -> None:
+        device, size = inverse.device, len(inverse)
+        self.units = max(_PANEL // width, 1)
+        self.gone = torch.zeros(size // width, dtype=torch.bool, device=device)
+        self._inverse, self._gram, self._width = inverse, gram, width
+        # rows of units that have not left yet are zero, and change nothing
+        self._factor = inverse.new_zeros(self.units * width, size)
+        self._written = torch.zeros_like(self._factor)
+        self._own, self._grams = own_blocks(inverse, width), own_blocks(gram, width)
+        self._done = torch.zeros(1, dtype=torch.int64, device=device)
+        self._leaving = torch.zeros(self.units, dtype=torch.int64, device=device)
+        self._costs = inverse.new_zeros(self.units)
+        self._again: torch.cuda.CUDAGraph | None = None
+
+    def eliminate(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Let ``steps`` units leave; return them and their costs ``tr q``, ``[steps]`` each."""
+        for step in range(steps):
+            if self._again is not None:
+                self._again.replay()
+                continue
+            self._step(step * self._width)
+            # Thousands of steps of tiny operations: on a GPU they wait for their launches, unless
+            # those are recorded. Steps with a solver's calls are few, and not recorded.
+            if self._inverse.is_cuda and self._width == 1:
+                self._again = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._again, capture_error_mode="thread_local"):
+                    self._step(len(self._factor))
+        return self._leaving[:steps].clone(), self._costs[:steps].clone()
+
+    def fold(self) -> None:
+        """Downdate the matrices by what has left, and begin anew."""
+        factor, written = self._factor, self._written
+        self._inverse.addmm_(factor.T, factor, alpha=-1)
+        self._gram.addmm_(factor.T, written, alpha=-1).addmm_(written.T, factor, alpha=-1)
+        self._own.copy_(own_blocks(self._inverse, self._width))
+        self._grams.copy_(own_blocks(self._gram, self._width))
+        for tensor in (factor, written, self._done):
+            tensor.zero_()
+
+    def _step(self, rows: int) -> None:
+        """Let the cheapest unit leave; nothing here waits for the device, or for its answer.
+
+        Args:
+            rows: Of the panel, to be read: all that are filled, or more.
+        """
+        width, past_factor, past_written = self._width, self._factor[:rows], self._written[:rows]
+        unit = unit_damage(self._own, self._grams).masked_fill(self.gone, math.inf).argmin().view(1)
+        columns, here = columns_of(unit, width), columns_of(self._done, width)
         own_factor, own_written = past_factor[:, columns].T, past_written[:, columns].T
-        f = inverse[columns] - own_factor @ past_factor
-        h = gram[columns] - own_factor @ past_written - own_written @ past_factor
+        f = self._inverse[columns] - own_factor @ past_factor
+        h = self._gram[columns] - own_factor @ past_written - own_written @ past_factor
         lower = _lower(f[:, columns])
-        f = factor[here] = _forward(lower, f)
+        f = _forward(lower, f)
         h = _forward(lower, h)
         q = _forward(lower, h[:, columns].T)
-        g = written[here] = h - 0.5 * (q @ f)
+        g = h - 0.5 * (q @ f)
         cross = gram_blocks(f, g, width)
-        grams -= cross + cross.mT
-        own -= gram_blocks(f, f, width)
-        gone.index_fill_(0, unit, True)
-        leaving.append(unit)
-        costs.append(q.trace())
-    return torch.cat(leaving), torch.stack(costs), factor, written
+        self._grams -= cross + cross.mT
+        self._own -= gram_blocks(f, f, width)
+        self._factor.index_copy_(0, here, f)
+        self._written.index_copy_(0, here, g)
+        self._costs.index_copy_(0, self._done, q.trace().view(1))
+        self._leaving.index_copy_(0, self._done, unit)
+        self.gone.index_fill_(0, unit, True)
+        self._done += 1
 
 
 def _lower(block: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lit_prune.plan import PruningPlan
+
+# Parameters in memory at once, copied from their device; beyond that, memory is the limit.
+_HASHED_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +190,20 @@ def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a hash of every parameter's name, shape and bytes."""
+    """Return a hash of every parameter's name, shape and bytes.
+
+    Parameters are hashed side by side: of a large model it takes as long as all else that is done
+    on the CPU.
+    """
+    named = list(model.named_parameters())
     whole = hashlib.blake2b(digest_size=32)
-    for name, parameter in model.named_parameters():
-        whole.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        whole.update(
-            parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        )
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _HASHED_AT_ONCE)) as pool:
+        digests = pool.map(_digest, (parameter for _, parameter in named))
+        for (name, parameter), digest in zip(named, digests, strict=True):
+            whole.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode() + digest)
     return whole.hexdigest()
+
+
+def _digest(parameter: Tensor) -> bytes:
+    flat = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=32).digest()

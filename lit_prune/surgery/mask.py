@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from lit_prune.decoder import DecoderSpec
     from lit_prune.plan import PruningPlan
     from lit_prune.surgery.compensation import Compensation
 
 
 @contextmanager
 def masked(
-    model: PreTrainedModel, plan: PruningPlan, compensation: Compensation | None = None
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensation: Compensation | None = None,
+    *,
+    spec: DecoderSpec | None = None,
 ) -> Iterator[None]:
     """Make the dense model compute what the pruned one would, for the time of the ``with``.
 
@@ -35,8 +40,9 @@ def masked(
         model: The dense model that the plan was made for.
         plan: What stays.
         compensation: Constants for what was cut.
+        spec: `spec_for` of the model, where it is known: many plans are tried on one model.
     """
-    spec, parts = spec_for(model), DecoderParts(model)
+    spec, parts = spec or spec_for(model), DecoderParts(model)
     plan.validate(spec)
     constants = compensation.constants if compensation else {}
     handles = []

@@ -259,7 +259,7 @@ def test_f17_out_of_memory_says_what_to_lower(monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("tried to allocate 3 GiB")
 
-    monkeypatch.setattr(ChannelMoments, "measure", exhausted)
+    monkeypatch.setattr("lit_prune.calibration.probes.block_moments", exhausted)
     message = r"out of memory in replayed batch 0 .*3 GiB.*replay_batch_tokens \(now 77\)"
     with unchanged(model), pytest.raises(CalibrationError, match=message) as caught:
         replay(model, rows, max_tokens=77)

@@ -85,6 +85,7 @@ def about(model, **changes):
         "one_dtype": True,
         "package": str(verify.ROOT),
         "rounded": False,
+        "routed": False,
         "verbatim": True,
         **changes,
     }
@@ -117,6 +118,13 @@ def test_policy_of_the_comparison(dtype):
             compare(nudged, exact=False)
     with pytest.raises(check.Different, match="logits are"):
         compare(wanted[:1])
+    rerouted = wanted.clone()
+    rerouted[0, :10] += 2 * wanted.abs().max()  # 10 of 48 tokens
+    with pytest.raises(check.Different, match="logits differ"):
+        compare(rerouted, on_cpu=False)
+    assert "logits close" in compare(rerouted, on_cpu=False, routed=True)
+    with pytest.raises(check.Different, match="logits differ"):
+        compare(wanted * 2, on_cpu=False, routed=True)
 
 
 def test_main_says_what_differs(tmp_path):
