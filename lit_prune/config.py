@@ -99,9 +99,9 @@ class PruningConfig:
             layer by layer behind what was cut before, so that the residual stream meets the dense
             model's (some three forwards over the text, once a plan stands); ``none`` does nothing.
             None: what the preset's paper does.
-        add_biases: False adds no bias anywhere, for a place of deployment that has none there
-            (the stock classes of Mistral and Qwen, Qwen3 in llama.cpp): ``sequential`` then fits
-            weights alone, and nothing stands in for a sub-block that goes whole.
+        add_biases: False adds no bias, for a place of deployment that has none (Mistral's and
+            Qwen's own classes, Qwen3 in llama.cpp): ``sequential`` then fits weights alone, nothing
+            stands in for a sub-block that goes whole. None: as the family can be saved.
         language_model: Path of the causal language model inside the module; None finds the only
             one.
 
@@ -185,7 +185,7 @@ class PruningConfig:
     min_kv_groups: int = 1
     tensor_parallel: int = 1
     compensation: Compensator | None = None
-    add_biases: bool = True
+    add_biases: bool | None = None
     language_model: str | None = None
 
     estimator: Literal["logstd_sum", "std_sum", "logdet"] = "logstd_sum"
@@ -261,8 +261,8 @@ class PruningConfig:
             raise ConfigError(
                 "budget 'latency' needs a prompt to measure, got latency_prompt_tokens 0."
             )
-        for name in ("cap_clusters", "add_biases"):
-            if not isinstance(value := getattr(self, name), bool):
+        for name, known in (("cap_clusters", bool), ("add_biases", bool | None)):
+            if not isinstance(value := getattr(self, name), known):
                 raise ConfigError(f"{name} must be true or false, got {value!r}.")
         if (self.channel_multiple or self.tensor_parallel) % self.tensor_parallel:
             raise ConfigError(
@@ -302,7 +302,7 @@ class PruningConfig:
     @property
     def adds_constants(self) -> bool:
         """Whether what is cut leaves a bias behind."""
-        return self.add_biases and self.compensation != "none"
+        return self.add_biases is not False and self.compensation != "none"
 
     def prompt_tokens(self, longest: int | None) -> int:
         """Return the prompt that latency and FLOPs are stated for, at most what a model can read.

@@ -84,7 +84,7 @@ def compensated(
             calibration.rows,
             damping=config.damping,
             removed_mean=config.removed_mean,
-            add_biases=config.add_biases,
+            add_biases=planned.budget.config.adds_constants,
             protected_layers=config.protected_layers,
             weights=None if draft is None else draft.weights_digest,
             batch_tokens=config.replay_batch_tokens,

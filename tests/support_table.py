@@ -40,7 +40,7 @@ def row(found: FamilyContract) -> str:
         f"`{found.family}`",
         f"`{CLASSES[found.family]}`",
         leaves,
-        _yes(found.constants),
+        _mean(found),
         _held(found.formats["stock (alike)"]),
         _held(found.formats["heterogeneous"]),
         _held(found.formats["padded"]),
@@ -67,6 +67,13 @@ def rows_of(text: str) -> dict[str, str]:
 
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
+
+
+def _mean(found: FamilyContract) -> str:
+    """Whether the mean of a removed sub-block can stay in its place."""
+    if found.constants and not FAMILIES[found.family].keeps_biases:
+        return "in memory"
+    return _yes(found.constants)
 
 
 def _held(found: str) -> str:

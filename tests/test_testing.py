@@ -18,6 +18,8 @@ from lit_prune.errors import (
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.pruner import prune
 from lit_prune.saving import load_pruned, save_pruned
+from lit_prune.saving.carrier import TARGETS
+from lit_prune.saving.models import HELD
 from lit_prune.surgery import Compensation, apply_plan, mean_compensation, weights_digest
 from lit_prune.surgery.structure import take_structure
 from lit_prune.testing import check_family
@@ -107,7 +109,7 @@ def test_every_family_has_an_odd_config():
 
 
 # One of each shape; `make contract` runs them all.
-SHAPES = {"llama", "gemma2", "starcoder2", "phi", "gpt2"}
+SHAPES = {"llama", "gemma2", "phi", "gpt2"}
 CONTRACT = [pytest.param(f, marks=() if f in SHAPES else pytest.mark.slow) for f in ODD]
 
 
@@ -351,7 +353,9 @@ def test_a_plan_of_a_refused_granularity_is_refused():
 @pytest.mark.parametrize("family", ["gemma2", "olmo2", "granite", "starcoder2"])
 def test_whole_sub_blocks_leave_a_constant_only_where_no_norm_follows(family, compensation):
     model = tiny_model(family, layers=5)
-    result = run(model, 0.2, granularities=("block",), compensation=compensation)
+    biases = compensation != "none" or None
+    options = {"granularities": ("block",), "compensation": compensation, "add_biases": biases}
+    result = run(model, 0.2, **options)
     told = [w for w in result.report.warnings if "a norm follows every sub-block" in w]
     behind = family in BEHIND_NORMS
     assert len(told) == (behind and compensation != "none")
@@ -412,7 +416,12 @@ def test_layers_that_differ_in_more_than_their_weights_do_not_leave_unnamed():
 
 
 @pytest.mark.parametrize(
-    ("granularity", "ratio"), [("block", 0.3), ("sub_block", 0.3), ("channel", 0.3278)]
+    ("granularity", "ratio"),
+    [
+        ("sub_block", 0.3),
+        pytest.param("block", 0.3, marks=pytest.mark.slow),
+        pytest.param("channel", 0.3278, marks=pytest.mark.slow),
+    ],
 )
 def test_whatever_a_family_refuses_no_plan_removes(registered, granularity, ratio):
     registered(Family(model_type="own_llama", refuses={granularity: "its author says so"}))
@@ -472,9 +481,31 @@ def test_auto_says_why_it_pads_a_family_without_a_model_file(tmp_path):
     path = save_pruned(model, tmp_path / "auto", verify=False)
     assert "auto took padded" in (path / "README.md").read_text()
     model = tiny_model("olmo")
-    run(model, 0.3)
+    run(model, 0.3, add_biases=True)
     with pytest.raises(FormatError, match="pruned with add_biases=False"):
         save_pruned(model, tmp_path / "none", verify=False)
+
+
+def test_a_family_is_said_to_keep_biases_where_a_format_holds_them():
+    for name, family in FAMILIES.items():
+        outputs = {family.attention_output, *(() if family.experts else (family.mlp_output,))}
+        can = TARGETS[name].always.union(*TARGETS[name].flags.values())
+        held = {path.rpartition(".")[2] for path in outputs} <= can or name in HELD
+        assert family.keeps_biases == held, name
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not FAMILIES[name].keeps_biases])
+def test_what_the_default_preset_makes_of_a_family_can_be_saved(family, tmp_path):
+    model = tiny_model(family)
+    report = run(model, 0.3).report
+    assert any(f"no format of save_pruned holds biases of {family}" in w for w in report.warnings)
+    save_pruned(model, tmp_path / "saved", verify=False)
+
+
+def test_a_compensation_that_is_a_bias_says_before_saving_that_it_cannot_be_saved():
+    words = "compensation 'mean' is a bias, and no format of save_pruned holds biases of gemma2"
+    report = run(tiny_model("gemma2"), 0.3, preset="flap").report
+    assert any(words in warning for warning in report.warnings)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - MODEL_FILE))

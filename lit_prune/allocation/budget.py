@@ -162,6 +162,12 @@ def within_family(
             f"granularities {list(config.granularities)}: {spec.model_type} models cannot lose "
             f"them exactly, as {next(iter(refused.values()))}. Allow others."
         )
+    if config.add_biases is None:
+        config = replace(
+            config, add_biases=spec.keeps_biases or config.compensation != "sequential"
+        )
+    if not spec.keeps_biases and config.compensation not in (None, "none"):
+        notes.append(_without_biases(spec, config))
     whole = {"block", "sub_block"} & set(left)
     if not spec.removed_constants and config.adds_constants and config.removed_mean == "add":
         config = replace(config, removed_mean="drop")
@@ -176,6 +182,19 @@ def within_family(
             "leave are routed to the next best that stay, and no weight or bias is fitted there"
         )
     return replace(config, granularities=left) if refused else config, tuple(notes)
+
+
+def _without_biases(spec: DecoderSpec, config: PruningConfig) -> str:
+    """Say what follows for a family whose saved models can hold no output biases."""
+    none = f"no format of save_pruned holds biases of {spec.model_type} models"
+    if not config.add_biases:
+        return f"{none}: weights alone were fitted (add_biases=True adds biases nevertheless)"
+    if config.compensation == "sequential":
+        return f"{none}: as they are added, the pruned model cannot be saved"
+    return (
+        f"compensation {config.compensation!r} is a bias, and {none}: the pruned model cannot be "
+        "saved; compensation 'sequential' does without"
+    )
 
 
 def check_layers(spec: DecoderSpec, config: PruningConfig) -> None:

@@ -72,6 +72,7 @@ def spec_for(model: PreTrainedModel) -> DecoderSpec:
         removed_constants=parts.family.experts is None
         and not any(parts.post_norm_path(kind) for kind in KINDS),
         parallel=parts.family.parallel,
+        keeps_biases=parts.family.keeps_biases,
     )
 
 

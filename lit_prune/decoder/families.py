@@ -31,6 +31,7 @@ _SANDWICH = Family(  # a norm before and one behind each sub-block
     attention_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
+    keeps_biases=False,
     refuses_config=_BIDIRECTIONAL,
 )
 _BEHIND = Family(  # norms behind only, and over all heads
@@ -40,6 +41,7 @@ _BEHIND = Family(  # norms behind only, and over all heads
     attention_extras=_HEAD_NORMS,
     mlp_norm=None,
     mlp_post_norm="post_feedforward_layernorm",
+    keeps_biases=False,
     refuses=_ONE_NORM,
 )
 _FOUR_H = Family(  # Megatron's names
@@ -64,20 +66,21 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(model_type="llama"),
         Family(model_type="mistral"),
-        Family(model_type="ministral"),
+        Family(model_type="ministral", keeps_biases=False),
         Family(model_type="qwen2"),
         Family(model_type="qwen3", attention_extras=_HEAD_NORMS),
         Family(model_type="granite", residual_scale="residual_multiplier"),
         Family(model_type="smollm3", per_layer=("no_rope_layers",)),
-        Family(model_type="gemma", refuses_config=_BIDIRECTIONAL),
+        Family(model_type="gemma", keeps_biases=False, refuses_config=_BIDIRECTIONAL),
         replace(_SANDWICH, model_type="gemma2"),
         replace(_SANDWICH, model_type="gemma3_text", attention_extras=_HEAD_NORMS),
-        Family(model_type="olmo"),
+        Family(model_type="olmo", keeps_biases=False),
         replace(_BEHIND, model_type="olmo2"),
         replace(_BEHIND, model_type="olmo3"),
         Family(model_type="starcoder2", gate=None, up="mlp.c_fc", mlp_output="mlp.c_proj"),
         Family(
             model_type="stablelm",
+            keeps_biases=False,
             head_counts={"num_heads": "queries", "num_key_value_heads": "groups"},
             refuses_config={"qk_layernorm": _NORM_EACH["kv_group"]},
             when={"use_parallel_residual": {"parallel": True, "mlp_norm": "input_layernorm"}},
@@ -85,9 +88,10 @@ FAMILIES: dict[str, Family] = {
         replace(
             _PARALLEL,
             model_type="cohere",
+            keeps_biases=False,
             when={"use_qk_norm": {"attention_extras": _HEAD_NORMS, "refuses": _NORM_EACH}},
         ),
-        replace(_PARALLEL, model_type="cohere2"),
+        replace(_PARALLEL, model_type="cohere2", keeps_biases=False),
         replace(
             _PARALLEL,
             model_type="phi",

@@ -55,6 +55,7 @@ class Family:
             has.
         parallel: Whether attention and MLP of a layer read the same stream, and are added to it
             together.
+        keeps_biases: Whether a format of `save_pruned` can hold biases of the output projections.
         adds_residual: Whether sub-blocks are handed the residual, as second argument, and add it.
         per_layer: Fields of the config, beside ``layer_types``, that list one entry for each layer.
         residual_scale: Field of the config that multiplies what a sub-block adds to the stream.
@@ -100,6 +101,7 @@ class Family:
     mlp_output: str = "mlp.down_proj"
     experts: Experts | None = None
     parallel: bool = False
+    keeps_biases: bool = True
     adds_residual: bool = False
     per_layer: tuple[str, ...] = ()
     residual_scale: str | None = None

@@ -235,6 +235,7 @@ class DecoderSpec:
         parallel: Whether attention and MLP of a layer read the same stream.
         removed_constants: Whether a constant can stand in for a whole removed sub-block; not where
             a norm follows a sub-block, which it would pass, nor behind experts, which have no bias.
+        keeps_biases: Whether biases of the output projections can be saved.
     """
 
     model_type: str
@@ -245,6 +246,7 @@ class DecoderSpec:
     refused: tuple[tuple[str, str], ...] = ()
     removed_constants: bool = True
     parallel: bool = False
+    keeps_biases: bool = True
 
     @property
     def decoder_parameters(self) -> int:

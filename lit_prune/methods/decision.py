@@ -194,7 +194,7 @@ class Method:
                 f"preset {self.name!r} knows the allocators {list(self.allocators)}, got "
                 f"{allocator!r}."
             )
-        if not config.add_biases:
+        if config.add_biases is False:
             self._refuse_biases(config)
         own: dict[str, Any] = {}
         for option, known in self.choices.items():

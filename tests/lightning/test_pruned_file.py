@@ -77,7 +77,7 @@ def test_the_pruned_run_resumes_from_its_file_with_the_callback(tmp_path):
 @pytest.mark.event(
     "Checkpoints", "`pruned.ckpt` in a new process, with and without the callback", "resumes"
 )
-@pytest.mark.parametrize("callback", ["pruner()", ""])
+@pytest.mark.parametrize("callback", ["pruner()", pytest.param("", marks=pytest.mark.slow)])
 def test_the_pruned_run_resumes_in_a_fresh_process(callback, tmp_path):
     module = LM()
     run(tmp_path, module, pruner())

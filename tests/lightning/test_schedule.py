@@ -240,7 +240,10 @@ def test_epochs_without_validation_are_validated_first(tmp_path):
     assert sum(module.losses[-2:]) < sum(module.losses[:2])
 
 
-@pytest.mark.parametrize("options", [{}, {"compensation": "none"}, {"allocator": "uniform_widths"}])
+SLOWLY = [pytest.param(o, marks=pytest.mark.slow) for o in ({"compensation": "none"}, {})]
+
+
+@pytest.mark.parametrize("options", [{"allocator": "uniform_widths"}, *SLOWLY])
 def test_whole_layers_leave_in_several_stages(tmp_path, options):
     """Blocks and sub-blocks only: the stack is renumbered, constants stand in."""
     ratios = [0.2, 0.45, 0.7]
@@ -289,6 +292,7 @@ def test_files_of_each_stage(tmp_path):
     assert "of 384 MLP channels" in html_of_directory(folder)
 
 
+@pytest.mark.slow
 def test_a_model_that_stages_have_pruned_is_saved_and_loaded(tmp_path):
     module, callback = Scheduled(), stages()
     run(tmp_path, module, callback)
@@ -411,6 +415,7 @@ def test_a_rehearsal_changes_nothing(tmp_path):
     assert not hasattr(module.lm, "pruning_record")
 
 
+@pytest.mark.slow
 def test_every_stage_is_logged(tmp_path):
     class Kept(CSVLogger):
         def __init__(self, folder):

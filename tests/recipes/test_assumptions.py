@@ -41,6 +41,7 @@ def ran(run_recipe, tiny_checkpoint, tmp_path_factory):
     return folder, arguments, run_recipe("assumptions.py", *arguments, cwd=folder)
 
 
+@pytest.mark.slow
 def test_every_question_is_answered(ran):
     folder, _, stdout = ran
     found = json.loads((folder / "found.json").read_text())

@@ -79,6 +79,7 @@ def test_a_depth_only_method_stands_at_the_ratio_it_reaches_beside_the_first_one
     assert [line.split(":")[0] for line in pairs] == ["- 25.0%"]
 
 
+@pytest.mark.slow
 def test_a_stored_file_is_shown_without_running(ran, run_recipe, tmp_path):
     folder, _, stdout = ran
     arguments = ("--model", tmp_path / "no such model", "--out", folder / "found.json")
@@ -106,6 +107,7 @@ def test_text_of_a_trained_model_is_its_own(run_recipe, tiny_checkpoint, tmp_pat
     assert conditions["other"] is None
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, run_recipe):
     folder, arguments, _ = ran
     before = json.loads((folder / "found.json").read_text())["cells"]

@@ -22,6 +22,7 @@ def saved(stdout):
     return load_pruned(re.search(r"saved: (\S+)", stdout)[1])
 
 
+@pytest.mark.slow
 def test_fine_tune_then_prune_from_yaml(run_recipe, tiny_checkpoint, text, tmp_path):
     config = yaml.safe_load((ROOT / "recipes" / "fine_tune_then_prune.yaml").read_text())
     assert config["trainer"]["callbacks"][0]["init_args"] == {"pruning_ratio": 0.3}

@@ -131,7 +131,7 @@ def test_weights_keep_their_type(dtype, tmp_path):
     assert types["blk.0.ffn_norm.weight"] == "F32"
 
 
-@pytest.mark.parametrize("kind", ["uneven", "uniform_mean"])
+@pytest.mark.parametrize("kind", ["uneven", pytest.param("uniform_mean", marks=pytest.mark.slow)])
 def test_the_manifest_says_how_far_it_was_checked(kind, tmp_path):
     path = save_pruned(pruned(kind=kind), tmp_path / "saved", format="gguf")
     manifest = json.loads((path / "MANIFEST.json").read_text())

@@ -28,7 +28,10 @@ from tests.saving.cases import listing, logits, pruned
             "auto",
             "by the model file: logits equal bit for bit; load_pruned",
         ),
-        ("mistral", "leading_mean", "padded", "by plain transformers: logits close"),
+        pytest.param(
+            *("mistral", "leading_mean", "padded", "by plain transformers: logits close"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_saved_model_is_compared_in_a_fresh_process(
