@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lit_prune.cli.console import quiet_down, say
 from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_request, add_saved, add_text, request_of
+from lit_prune.cli.swept import add_sweep, points_of
 from lit_prune.config import PruningConfig
 from lit_prune.methods import preset
 from lit_prune.pruner import prune
@@ -33,6 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
     add_model(parser)
     add_text(parser, "to calibrate on")
     add_saved(parser)
+    add_sweep(parser)
     add_request(parser)
 
 
@@ -42,7 +44,7 @@ def run(options: Namespace) -> None:
     request = request_of(options)
     config = PruningConfig.from_options(request)
     preset(config.preset).resolve(config)
-    target = Path(options.to)
+    target, points = Path(options.to), points_of(options.sweep)
     refuse_target(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     result = prune(loaded.model, loaded.batches(options), **request)
@@ -55,6 +57,7 @@ def run(options: Namespace) -> None:
         compensation=result.compensation,
         overwrite=options.overwrite,
         verify=options.verify,
+        sweep=points,
     )
     print(result.report)
     print(f"\nsaved: {target}\nload it: lit_prune.load_pruned({str(target)!r})")

@@ -2,6 +2,7 @@
 
   lit-prune report --of pruned
   lit-prune report --of runs/lightning_logs/version_0/pruning --to report.html
+  lit-prune report --of pruned --sweep sweep --to pruned/report.html --overwrite
 
 The table goes to the screen, the page with pictures to --to. What is read is plan.json and
 report.json; no model is loaded.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_prune.cli.swept import add_sweep, points_of
 from lit_prune.errors import ArtifactError
 from lit_prune.report import PruningReport
 from lit_prune.saving.page import html_of_directory
@@ -33,12 +35,13 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--to", type=str | None, default=None, help="new file for the page (HTML)")
     parser.add_argument("--overwrite", action="store_true", help="replace that file")
+    add_sweep(parser)
 
 
 def run(options: Namespace) -> None:
     """Read, print, write."""
     directory = Path(options.of)
-    page = html_of_directory(directory)
+    page = html_of_directory(directory, sweep=points_of(options.sweep))
     if options.to is not None:
         target = Path(options.to)
         if target.is_dir() or (target.exists() and not options.overwrite):

@@ -4,7 +4,8 @@
   lit-prune sweep --model my-model --calibration plan/calibration.safetensors --to sweep
 
 Prints a table and writes sweep.csv, sweep.json, trade_off.png and calibration.safetensors.
-Perplexity is measured on the choose side of the text, by masking the dense model.
+Perplexity is measured on the choose side of the text, by masking the dense model. `lit-prune prune
+--sweep sweep` and `lit-prune report --sweep sweep` put the curve on the page of the pruned model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lit_prune.cli.options import (
     add_target_directory,
     request_of,
 )
+from lit_prune.cli.swept import SWEEP
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import quiet
 from lit_prune.methods import preset
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from lit_prune.sweep import SweepPoint
 
 name, usage = "sweep", "--model MODEL --text TEXT --to DIRECTORY --ratios RATIO ..."
-FILES = ("sweep.csv", "sweep.json", "trade_off.png", "calibration.safetensors")
+FILES = ("sweep.csv", SWEEP, "trade_off.png", "calibration.safetensors")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -78,7 +80,7 @@ def run(options: Namespace) -> None:
             writer.writerows(rows)
         whole = {"model": options.model, "preset": config.preset, "dense_nll": dense}
         whole["points"] = rows
-        (folder / "sweep.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        (folder / SWEEP).write_text(json.dumps(whole, indent=1), encoding="utf-8")
         calibration.save(folder / "calibration.safetensors")
         if any(point.mean_nll is not None for point in points):
             trade_off(points, dense_nll=dense).savefig(folder / "trade_off.png")

@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lit_prune import load_pruned
+from lit_prune.views.page.figures import percent
 from tests.cli.conftest import QUICK, UNVERIFIED
 from tests.state import recount
 
@@ -70,7 +71,7 @@ def test_report_shows_again_what_was_pruned_and_what_is_planned(lit_prune, folde
     assert "has no plan.json and no report.json" in nothing.err
 
 
-def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, folder):
+def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, folder, tmp_path):
     run = lit_prune(
         "sweep",
         *("--model", model_directory, "--ratios", "0.1", "0.3", "0.99", *QUICK),
@@ -83,6 +84,22 @@ def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, fol
     assert float(rows[1]["achieved"]) == plan["provenance"]["achieved_ratio"]
     assert "cannot be reached" in rows[2]["note"]
     assert {"sweep.json", "trade_off.png"} < {x.name for x in (folder / "sweep").iterdir()}
+    page = folder / "with-curve.html"
+    shown = lit_prune(
+        "report", "--of", folder / "pruned", "--sweep", folder / "sweep", "--to", page
+    )
+    assert (shown.status, shown.err) == (0, "")
+    words = page.read_text(encoding="utf-8")
+    assert "The trade-off" in words
+    for row in rows[:2]:
+        assert percent(float(row["achieved"])) in words
+    none = lit_prune("report", "--of", folder / "pruned", "--sweep", folder)
+    assert none.status == 1
+    assert "there is no such file. `lit-prune sweep --to` writes it" in none.err
+    (tmp_path / "sweep.json").write_text("[]")
+    other = lit_prune("report", "--of", folder / "pruned", "--sweep", tmp_path)
+    assert other.status == 1
+    assert "is not what `lit-prune sweep` writes" in other.err
 
 
 def test_evaluate_lays_two_models_side_by_side(lit_prune, model_directory, text, folder):
