@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -35,6 +33,10 @@ from lit_prune.surgery import (
     mean_compensation,
     weights_digest,
 )
+from lit_prune.versions import versions_of
+
+# What a number depends on.
+MEASURED_WITH = ("lit-prune", "torch", "transformers", "lightning", "torchmetrics", "scikit-learn")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +164,7 @@ def make_plan(
         "prices": prices_of(spec, decision, scores, config),
         "compensation": describe(compensation),
         "calibration": calibration.describe(),
-        "versions": versions(),
+        "versions": versions_of(*MEASURED_WITH),
     }
     plan = replace(plan, provenance=provenance)
     return Planned(plan, compensation, scores, budget, decision.damage)
@@ -268,21 +270,3 @@ def _check_calibration(
         )
     if config.budget == "latency":
         refuse_other_workload(model, calibration, config)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a number depends on."""
-    found = {"python": platform.python_version()}
-    for package in (
-        "lit-prune",
-        "torch",
-        "transformers",
-        "lightning",
-        "torchmetrics",
-        "scikit-learn",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

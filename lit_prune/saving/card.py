@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lit_prune.decoder import Task, task_of, whole_of
 from lit_prune.decoder.families import family_name
-from lit_prune.saving.versions import package_versions
+from lit_prune.saving.manifest import SAVED_WITH
+from lit_prune.versions import versions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,7 +152,7 @@ def _limits(prepared: Prepared, task: Task, *, verify: bool, rounded: bool) -> s
 
 
 def _versions(plan: PruningPlan | None, report: PruningReport | None) -> str:
-    versions = {**package_versions(), **(report.versions if report else {})}
+    versions = {**versions_of(*SAVED_WITH), **(report.versions if report else {})}
     lines = [
         f"- {package} {_plain_text(str(number))}" for package, number in sorted(versions.items())
     ]

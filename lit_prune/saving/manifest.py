@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.files import inside, is_risky, read_json, sha256_of, write_json
 from lit_prune.saving.models import MODEL_FILES
-from lit_prune.saving.versions import package_versions
+from lit_prune.versions import versions_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
 MANIFEST = "MANIFEST.json"
+# What a saved model depends on.
+SAVED_WITH = ("lit-prune", "torch", "transformers", "safetensors")
 MAX_MANIFEST_BYTES = 8 * 2**20
 SCHEMA_VERSION = 1
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -76,7 +78,7 @@ class Manifest:
             architecture=architecture,
             verified=verified,
             verification=verification,
-            versions=package_versions(),
+            versions=versions_of(*SAVED_WITH),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Which packages wrote a directory."""
+"""Which packages made a number, or wrote a directory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a saved model depends on."""
-    packages = ("lit-prune", "torch", "transformers", "safetensors")
+def versions_of(*packages: str) -> dict[str, str]:
+    """Return the version of Python, and of each of these packages.
+
+    Example:
+        >>> sorted(versions_of("torch"))
+        ['python', 'torch']
+    """
     return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
 
 
@@ -18,4 +22,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "unknown"
+        return "not installed"
