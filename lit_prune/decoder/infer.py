@@ -10,6 +10,7 @@ from lit_prune.decoder.families import family_name, refuse_known_kind
 from lit_prune.decoder.family import Family
 from lit_prune.decoder.head import TASKS, task_named
 from lit_prune.decoder.infer_counts import find_counts
+from lit_prune.decoder.infer_cut import refuse_standing_in
 from lit_prune.decoder.infer_outside import watch
 from lit_prune.decoder.infer_stream import find_stream
 from lit_prune.decoder.infer_units import find_channels, find_heads
@@ -116,6 +117,7 @@ def _of_layer(trial: Trial) -> tuple[Family, float]:
             f"has no norm that tells where {attention.path} ends and {mlp.path} begins: one behind "
             "the attention or in front of the MLP, and one at each of them"
         )
+    refuse_standing_in(trial, stream)
     channels = find_channels(trial, mlp)
     heads, *sizes = find_heads(trial, attention)
     if heads.transposed != channels.transposed:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_prune.decoder.infer_cut import same_when_cut
 from lit_prune.decoder.layer_config import LayerConfig
+from lit_prune.decoder.trial import same
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -53,6 +54,7 @@ def find_counts(trial: Trial, family: Family, sizes: tuple[int, int, int]) -> Fa
         ['config.num_attention_heads', 'num_key_value_heads']
     """
     head_dim, groups, queries = sizes
+    _refuse_number_of_layer(trial, family.attention)
     numbers = _numbers_read(trial, family.attention)
     own = {k: v for k, v in _own_numbers(trial, family.attention).items() if "." not in k}
     extras, reason = _extras(trial, family, head_dim)
@@ -82,6 +84,23 @@ def find_counts(trial: Trial, family: Family, sizes: tuple[int, int, int]) -> Fa
     if reason is not None:
         found = replace(found, refuses={"kv_group": reason})
     return _with_queries(trial, found, own, sizes)
+
+
+def _refuse_number_of_layer(trial: Trial, path: str) -> None:
+    """Need that an attention has a number, for the cache, and computes the same by another."""
+    layer = copy.deepcopy(trial.layer)
+    attention: Any = layer.get_submodule(path)
+    if type(getattr(attention, "layer_idx", None)) is not int:
+        raise trial.refusal(f"has no number 'layer_idx' in {path}, by which the cache tells layers")
+    attention.layer_idx += 1
+    try:
+        other = trial.run(layer=layer)[""].output
+    except (LookupError, RuntimeError, ValueError):
+        other = None
+    if not same(trial.calls[""].output, other):
+        raise trial.refusal(
+            f"computes by {path}.layer_idx, and layers are renumbered when one is removed"
+        )
 
 
 class _Several(Exception):  # noqa: N818 - a finding on its way, no fault

@@ -1,4 +1,4 @@
-"""Whether a sub-block of which units were cut computes the same of those that stay."""
+"""Whether a layer from which units, or a whole sub-block, were cut computes the same of the rest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.layer_config import LayerConfig
 from lit_prune.decoder.projections import Projection, kept_lines, rows_by_role
 from lit_prune.decoder.trial import same
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lit_prune.decoder.family import Family, HeadCount
+    from lit_prune.decoder.infer_stream import StreamFound
     from lit_prune.decoder.spec import SubBlockKind
     from lit_prune.decoder.trial import Trial
 
@@ -66,6 +68,33 @@ def same_when_cut(
     if before is None or after is None:
         return False
     return same(after, trial.by_token(before)[..., columns.to(before.device)])
+
+
+def refuse_standing_in(trial: Trial, stream: StreamFound) -> None:
+    """Take out one sub-block, then the other: the layer must add what the other one writes.
+
+    Raises:
+        UnsupportedModelError: If it does not, or does not run.
+    """
+    for found, other in ((stream.attention, stream.mlp), (stream.mlp, stream.attention)):
+        layer = copy.deepcopy(trial.layer)
+        outside = {*found.inputs, found.norm, found.post_norm} - {other.norm, None}
+        for path in outside:
+            if path is not None and not path.startswith(f"{found.path}."):
+                layer.set_submodule(path, nn.Identity())
+        pair = found is stream.attention
+        constant = ConstantOutput(None, returns_weights=pair, adds_residual=found.adds_residual)
+        layer.set_submodule(found.path, constant)
+        try:
+            calls = trial.run(layer=layer)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise trial.refusal(
+                f"does not run with a constant in the place of {found.path}: "
+                f"{type(error).__name__}, {error}"
+            ) from error
+        written = calls[other.post_norm or other.output].output.reshape(trial.hidden.shape)
+        if not same(calls[""].output, trial.hidden + stream.scale * written):
+            raise trial.refusal(f"adds more than {other.path} writes where {found.path} is gone")
 
 
 def _say(

@@ -234,12 +234,13 @@ def _added(
 ) -> StreamFound:
     """Confirm that the layer returns its input and what the two write, and nothing else."""
     before, after = trial.hidden, calls[""].output
-    reads, writes = {}, {}
+    reads: dict[SubBlockFound, Tensor] = {}
+    writes: dict[SubBlockFound, Tensor] = {}
     for each in (attention, mlp):
         first = calls[each.inputs[0]] if each.chain else calls[each.path]
-        reads[each] = first.entered if each.norm is None else calls[each.norm].entered
-        last: Any = calls[each.post_norm] if each.post_norm else calls[each.output]
-        writes[each] = last.output.reshape(before.shape)
+        read: Any = first.entered if each.norm is None else calls[each.norm].entered
+        reads[each] = read.reshape(before.shape)
+        writes[each] = calls[each.post_norm or each.output].output.reshape(before.shape)
     if not same(reads[attention], before):
         raise trial.refusal(f"hands {attention.norm or attention.path} another thing than its own "
                             "input: attention is not what reads the stream first")  # fmt: skip
@@ -249,7 +250,7 @@ def _added(
         middle = before
         wanted = before + scale * (writes[attention] + writes[mlp])
     else:
-        middle = (reads[mlp] if reads[mlp] is not None else before).reshape(before.shape)
+        middle = reads[mlp]
         scale = _scale(middle - before, writes[attention])
         wanted = before + scale * (writes[attention] + writes[mlp])
         if not same(middle, before + scale * writes[attention]):

@@ -39,7 +39,7 @@ def told(family: Family, model: PreTrainedModel) -> str:
     lines = [f"{family.model_type}: found in {type(model).__name__}, nothing by name"]
     for role in _OUTSIDE:
         if (path := getattr(family, role)) is not None:
-            module = model.get_submodule(path)
+            module: Any = model.get_submodule(path)
             what = f"{len(layers)} × {type(layers[0]).__name__}" if module is layers else None
             lines.append(_line(role, path, what or _shape(module)))
     lines.append("in each layer")

@@ -122,19 +122,7 @@ class Trial:
         found: dict[str, Call] = {}
         handles = []
         for path, module in layer.named_modules():
-            own = next(module.parameters(), None) is not None
-            change = (changes or {}).get(path)
-
-            def after(  # noqa: ANN202 - as the module returns
-                _module: nn.Module, args: Any, kwargs: Any, output: Any,  # noqa: ANN401 - a hook
-                path: str = path, own: bool = own, change: Any = change,  # noqa: ANN401
-            ):  # fmt: skip
-                if own and path in found:
-                    raise self.refusal(f"runs {path} twice")
-                if isinstance(_first(output), Tensor):
-                    found[path] = _seen(args, kwargs, output)
-                return None if change is None else change(output)
-
+            after = self._hook(path, found, (changes or {}).get(path))
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         try:
             with torch.no_grad():
@@ -178,6 +166,16 @@ class Trial:
                 raise self.refusal(f"hands {path} no tensor")
             shown.append(moved(self.by_token(before), self.by_token(after)))
         return torch.stack(shown).any(0)
+
+    def _hook(self, path: str, found: dict[str, Call], change: Any) -> Any:  # noqa: ANN401 - a hook
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ANN401
+            if path in found and next(module.parameters(), None) is not None:
+                raise self.refusal(f"runs {path} twice")
+            if isinstance(_first(output), Tensor):
+                found[path] = _seen(args, kwargs, output)
+            return None if change is None else change(output)
+
+        return after
 
     def _copied(self, layer: nn.Module) -> nn.Module:
         made = copy.deepcopy(layer).eval()
