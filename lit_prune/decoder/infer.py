@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from lit_prune.decoder.infer_outside import Outside
     from lit_prune.decoder.trial import Trial
 
 # As Llama calls them; what surgery writes into a config where all layers are alike.
@@ -89,6 +90,8 @@ def infer_family(model: PreTrainedModel, *, tell: Callable[[str], object] = prin
             raise not_inferred(
                 f"{trial.path} is not made as {first.path}", _differences(found, other)
             )
+    per_layer = _listed_in(model.config, len(outside.layers))
+    _refuse_numbers_that_differ(outside, model.config, per_layer)
     family = replace(
         found,
         model_type=family_name(model.config.model_type),
@@ -98,7 +101,7 @@ def infer_family(model: PreTrainedModel, *, tell: Callable[[str], object] = prin
         embedding_norm=outside.embedding_norm,
         residual_scale=_scaled_by(model.config, scale),
         config_names=_names_in(model.config),
-        per_layer=_listed_in(model.config, len(outside.layers)),
+        per_layer=per_layer,
     )
     tell(told(family, model))
     return family
@@ -144,6 +147,35 @@ def _differences(one: Family, other: Family) -> list[str]:
     names = (name for name in Family.__dataclass_fields__)
     pairs = ((name, getattr(one, name), getattr(other, name)) for name in names)
     return [f"{name} {a!r} and {b!r}" for name, a, b in pairs if a != b] or ["another factor"]
+
+
+def _refuse_numbers_that_differ(
+    outside: Outside,
+    config: Any,  # noqa: ANN401 - untyped upstream
+    per_layer: tuple[str, ...],
+) -> None:
+    """Need that the config says which layers hold other numbers: a removed one leaves its number.
+
+    A list with an entry for each layer is cut with the layers. What a layer works out from its
+    place in the stack (one over its depth, say) would be another when the model is loaded again.
+    """
+    lists = [getattr(config, name, None) for name in ("layer_types", *per_layer)]
+    seen: dict[object, tuple[int, dict[str, object]]] = {}
+    for index, layer in enumerate(outside.layers):
+        numbers = {
+            f"{path}.{name}".lstrip("."): value
+            for path, module in layer.named_modules()
+            for name, value in vars(module).items()
+            if type(value) in (bool, int, float) and name not in ("layer_idx", "training")
+        }
+        kind = tuple(None if each is None else each[index] for each in lists)
+        first, others = seen.setdefault(kind, (index, numbers))
+        if numbers != others:
+            names = sorted(k for k in numbers | others if numbers.get(k) != others.get(k))
+            raise not_inferred(
+                f"layers {first} and {index} hold different numbers, and no list of the config "
+                f"says why: {names[0]} is {others.get(names[0])!r} and {numbers.get(names[0])!r}"
+            )
 
 
 def _scaled_by(config: Any, scale: float) -> str | None:  # noqa: ANN401 - untyped upstream

@@ -1,4 +1,4 @@
-"""Whether a layer from which units, or a whole sub-block, were cut computes the same of the rest."""
+"""Whether a layer computes the same of what is left when units, or a sub-block, were cut."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.decoder.calls import call_of
+from lit_prune.decoder.projections import stores_transposed
 from lit_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 
 # Rounding of float32 through one layer, as a fraction of the largest number; weights are random.
 _TOLERANCE = 2e-5
+# What did not change is computed of the same numbers in the same order.
+_UNCHANGED = 1e-6
 
 # Draws of one change: an activation may hide one of them.
 _DRAWS = 3
-# Random matrices are so large, times one over the root of their width: attentions that differ
-# between keys, and are not sure of one.
-_GAIN = 0.7
+# What a change adds, in standard deviations of the output that it changes.
+_CHANGE = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +144,7 @@ class Trial:
             flat = self.by_token(moved)
             where = slice(None) if rows is None else rows.to(output.device)
             at = flat[:, token, where]
-            flat[:, token, where] = at + self.noise(at) * flat.std()
+            flat[:, token, where] = at + _CHANGE * self.noise(at) * flat.std()
             return flat.reshape(output.shape)
 
         return change
@@ -185,12 +187,14 @@ class Trial:
         if any(p.dtype.itemsize < 4 for p in made.parameters()):
             made = made.float()
         with torch.no_grad():
-            for parameter in made.parameters():
-                noise = self.noise(parameter)
-                if parameter.ndim > 1:  # a matrix, or a norm for each head
-                    parameter.copy_(_GAIN * noise / math.sqrt(parameter.shape[-1]))
-                else:
-                    parameter.add_(0.2 * noise)
+            for module in made.modules():
+                read = 0 if stores_transposed(module) else -1
+                for parameter in module.parameters(recurse=False):
+                    noise = self.noise(parameter)
+                    if parameter.ndim > 1:  # a matrix, or a norm for each head
+                        parameter.copy_(noise / math.sqrt(parameter.shape[read]))
+                    else:
+                        parameter.add_(0.2 * noise)
         return made
 
 
@@ -214,7 +218,7 @@ def moved(before: Tensor, after: Tensor) -> Tensor:
         >>> moved(torch.ones(1, 1, 2), torch.tensor([[[1.0, 2.0]]])).tolist()
         [[False, True]]
     """
-    return ((after - before).abs() > _TOLERANCE * before.abs().max()).any(0)
+    return ((after - before).abs() > _UNCHANGED * before.abs().max()).any(0)
 
 
 def not_inferred(what: str, others: Collection[str] = ()) -> UnsupportedModelError:
