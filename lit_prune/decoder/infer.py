@@ -15,6 +15,7 @@ from lit_prune.decoder.infer_outside import watch
 from lit_prune.decoder.infer_stream import find_stream
 from lit_prune.decoder.infer_units import find_channels, find_heads
 from lit_prune.decoder.infer_words import told
+from lit_prune.decoder.projections import Projection
 from lit_prune.decoder.trial import not_inferred
 
 if TYPE_CHECKING:
@@ -83,15 +84,17 @@ def infer_family(model: PreTrainedModel, *, tell: Callable[[str], object] = prin
         )
     refuse_altered_weights(model)
     outside = watch(model)
-    found, scale = _of_layer(first := outside.trial(0))
+    found, scale, groups = _of_layer(first := outside.trial(0))
     for index in range(1, len(outside.layers)):
-        other, other_scale = _of_layer(trial := outside.trial(index))
+        other, other_scale, _ = _of_layer(trial := outside.trial(index))
         if other != found or abs(other_scale - scale) > 1e-4:
             raise not_inferred(
                 f"{trial.path} is not made as {first.path}", _differences(found, other)
             )
     per_layer = _listed_in(model.config, len(outside.layers))
     _refuse_numbers_that_differ(outside, model.config, per_layer)
+    output = outside.layers[0].get_submodule(found.mlp_output)
+    channels = Projection(output, found.transposed).in_features
     family = replace(
         found,
         model_type=family_name(model.config.model_type),
@@ -100,15 +103,15 @@ def infer_family(model: PreTrainedModel, *, tell: Callable[[str], object] = prin
         head=outside.head,
         embedding_norm=outside.embedding_norm,
         residual_scale=_scaled_by(model.config, scale),
-        config_names=_names_in(model.config),
+        config_names=_names_in(model.config, groups, channels),
         per_layer=per_layer,
     )
     tell(told(family, model))
     return family
 
 
-def _of_layer(trial: Trial) -> tuple[Family, float]:
-    """Return an entry whose fields about a layer hold, and what multiplies what it adds."""
+def _of_layer(trial: Trial) -> tuple[Family, float, int]:
+    """Return an entry whose fields about a layer hold, its residual factor, and its KV groups."""
     stream = find_stream(trial)
     attention, mlp = stream.attention, stream.mlp
     if None in (
@@ -126,21 +129,25 @@ def _of_layer(trial: Trial) -> tuple[Family, float]:
     if heads.transposed != channels.transposed:
         raise trial.refusal("stores the projections of attention and MLP in two ways")
     counted = find_counts(trial, heads, (sizes[0], sizes[1], sizes[2]))
-    return replace(
-        counted,
-        mlp=channels.mlp,
-        mlp_chain=channels.mlp_chain,
-        gate=channels.gate,
-        up=channels.up,
-        mlp_output=channels.mlp_output,
-        refuses={**counted.refuses, **channels.refuses},
-        attention_norm=attention.norm,
-        attention_post_norm=attention.post_norm,
-        mlp_norm=mlp.norm,
-        mlp_post_norm=mlp.post_norm,
-        parallel=stream.parallel,
-        adds_residual=attention.adds_residual,
-    ), stream.scale
+    return (
+        replace(
+            counted,
+            mlp=channels.mlp,
+            mlp_chain=channels.mlp_chain,
+            gate=channels.gate,
+            up=channels.up,
+            mlp_output=channels.mlp_output,
+            refuses={**counted.refuses, **channels.refuses},
+            attention_norm=attention.norm,
+            attention_post_norm=attention.post_norm,
+            mlp_norm=mlp.norm,
+            mlp_post_norm=mlp.post_norm,
+            parallel=stream.parallel,
+            adds_residual=attention.adds_residual,
+        ),
+        stream.scale,
+        sizes[1],
+    )
 
 
 def _differences(one: Family, other: Family) -> list[str]:
@@ -196,10 +203,21 @@ def _scaled_by(config: Any, scale: float) -> str | None:  # noqa: ANN401 - untyp
     return fits[0]
 
 
-def _names_in(config: Any) -> dict[str, str | None]:  # noqa: ANN401 - untyped upstream
-    """Return the fields of a config that are not called as Llama's."""
+def _names_in(config: Any, groups: int, channels: int) -> dict[str, str | None]:  # noqa: ANN401
+    """Return the fields of a config that are not called as Llama's; None where none is told."""
     own = getattr(config, "attribute_map", {})
     named = {name: own.get(name, name if name in vars(config) else None) for name in _FIELDS}
+    for name, size, words in (
+        ("num_key_value_heads", groups, ("kv", "key_value")),
+        ("intermediate_size", channels, ("inner", "inter", "ff", "mlp")),
+    ):
+        fits = [
+            field
+            for field, value in vars(config).items()
+            if type(value) is int and value == size and any(word in field for word in words)
+        ]
+        if named[name] is None and len(fits) == 1:
+            named[name] = fits[0]
     return {name: found for name, found in named.items() if found != name}
 
 

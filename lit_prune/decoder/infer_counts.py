@@ -62,7 +62,7 @@ def find_counts(trial: Trial, family: Family, sizes: tuple[int, int, int]) -> Fa
         family,
         attention_extras=extras,
         head_dim=_named(trial, head_dim, own, numbers, _HEAD_DIMS, "how wide a head is"),
-        queries_per_group=_shared_by(queries, own, numbers),
+        queries_per_group=next((name for name in _SHARED_BY if own.get(name) == queries), None),
     )
     counted: dict[str, HeadCount] = {}
     for name, value in numbers.items():
@@ -172,14 +172,6 @@ def _named(
     return others[0]
 
 
-def _shared_by(queries: int, own: Mapping[str, int], read: Iterable[str]) -> str | None:
-    usual = [name for name in _SHARED_BY if own.get(name) == queries]
-    others = [name for name in set(read) & own.keys() if own[name] == queries and queries > 1]
-    if usual:
-        return usual[0]
-    return others[0] if len(others) == 1 else None
-
-
 def _counts(name: str, value: int, head_dim: int, groups: int, queries: int) -> HeadCount | None:
     heads = groups * queries
     if value == heads == groups:
@@ -191,14 +183,19 @@ def _counts(name: str, value: int, head_dim: int, groups: int, queries: int) -> 
 def _with_queries(
     trial: Trial, family: Family, own: Mapping[str, int], sizes: tuple[int, int, int]
 ) -> Family:
-    """Need that the entry says how many query heads share a key."""
+    """Complete an entry by what says how many query heads share a key, if its counts do not."""
     _, groups, queries = sizes
     said = {"queries", "groups"} <= set(family.head_counts.values())
     if family.queries_per_group is not None or said or queries == 1:
         return family
+    fits = [name for name, value in own.items() if value == queries]
+    fits = [name for name in fits if name not in (*family.head_counts, family.head_dim)]
+    if len(fits) == 1:
+        return replace(family, queries_per_group=fits[0])
     raise trial.refusal(
-        f"has no attribute of {family.attention} that says that {queries} query heads share a key, "
-        f"nor two that say {groups * queries} and {groups}: it holds {dict(own)}"
+        f"has {len(fits)} attributes of {family.attention} that may say that {queries} query heads "
+        f"share a key ({', '.join(fits) or 'none'}), nor two that its code reads and that say "
+        f"{groups * queries} and {groups}"
     )
 
 

@@ -181,7 +181,10 @@ class Trial:
 
     def _copied(self, layer: nn.Module) -> nn.Module:
         made = copy.deepcopy(layer).eval()
-        for module in made.modules():  # whoever watches the model does not watch the trial
+        for path, module in made.named_modules():
+            if "forward" in vars(module):  # a copy of it would run the original
+                raise self.refusal(f"has at {path or 'itself'} a forward that was put there")
+            # whoever watches the model does not watch the trial
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
                 getattr(module, hooks).clear()
         if any(p.dtype.itemsize < 4 for p in made.parameters()):
