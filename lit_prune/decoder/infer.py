@@ -16,6 +16,7 @@ from lit_prune.decoder.infer_stream import find_stream
 from lit_prune.decoder.infer_units import find_channels, find_heads
 from lit_prune.decoder.infer_words import told
 from lit_prune.decoder.projections import Projection
+from lit_prune.decoder.quiet import quiet
 from lit_prune.decoder.trial import not_inferred
 
 if TYPE_CHECKING:
@@ -37,18 +38,19 @@ _NO_LISTS = ("layer_types", "architectures")
 def infer_family(model: PreTrainedModel, *, tell: Callable[[str], object] = print) -> Family:
     """Find the parts of a model whose type lit_prune does not know, and print them.
 
-    Nothing goes by names. Each layer is copied, given random weights, and run on random numbers:
-    which module is the attention, which rows belong to a head, what a norm reads, shows in what
-    changes when something is changed; and the layer must return its input and what attention and
-    MLP write, nothing else. What is ambiguous or not explained is refused.
+    No module is told by its name. Each layer is copied, given random weights, and run on random
+    numbers: which module is the attention, which rows belong to a head, what a norm reads, shows in
+    what changes when something is changed; and the layer must return its input and what attention
+    and MLP write, nothing else. Attributes and fields of the config must hold the right number;
+    names choose between those that do. What is ambiguous or not explained is refused.
 
     The entry says what holds for this model: a model of the same type whose config makes another of
     it (`Family.when`) needs conditions that no model shows. Read what is printed, register it, and
     run the contract, which infers nothing.
 
     Args:
-        model: A causal language model, best a tiny random one, with two KV groups or more. It is
-            left bit for bit as it is; one layer at a time is copied.
+        model: A causal language model, best a tiny random one on the CPU, with two KV groups or
+            more. It is left bit for bit as it is; one layer at a time is copied.
         tell: What the table of what was found is handed to.
 
     Returns:
@@ -83,14 +85,15 @@ def infer_family(model: PreTrainedModel, *, tell: Callable[[str], object] = prin
             f"model: {', '.join(f'…{end}' for end in TASKS)}"
         )
     refuse_altered_weights(model)
-    outside = watch(model)
-    found, scale, groups = _of_layer(first := outside.trial(0))
-    for index in range(1, len(outside.layers)):
-        other, other_scale, _ = _of_layer(trial := outside.trial(index))
-        if other != found or abs(other_scale - scale) > 1e-4:
-            raise not_inferred(
-                f"{trial.path} is not made as {first.path}", _differences(found, other)
-            )
+    with quiet(model):
+        outside = watch(model)
+        found, scale, groups = _of_layer(first := outside.trial(0))
+        for index in range(1, len(outside.layers)):
+            other, other_scale, _ = _of_layer(trial := outside.trial(index))
+            if other != found or abs(other_scale - scale) > 1e-4:
+                raise not_inferred(
+                    f"{trial.path} is not made as {first.path}", _differences(found, other)
+                )
     per_layer = _listed_in(model.config, len(outside.layers))
     _refuse_numbers_that_differ(outside, model.config, per_layer)
     output = outside.layers[0].get_submodule(found.mlp_output)

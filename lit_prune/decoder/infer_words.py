@@ -30,13 +30,13 @@ def told(family: Family, model: PreTrainedModel) -> str:
         ...                      vocab_size=32, num_attention_heads=4, num_key_value_heads=2)
         >>> text = told(Family(model_type="own"), LlamaForCausalLM(config))
         >>> print("".join(text.splitlines(keepends=True)[:4]))  # doctest: +NORMALIZE_WHITESPACE
-        own: found in LlamaForCausalLM, nothing by name
+        own: found in LlamaForCausalLM, no module by its name
           layers              model.layers             2 × LlamaDecoderLayer
           final_norm          model.norm               LlamaRMSNorm [16]
           head                lm_head                  Linear [32, 16]
     """
     layers: Any = model.get_submodule(family.layers)
-    lines = [f"{family.model_type}: found in {type(model).__name__}, nothing by name"]
+    lines = [f"{family.model_type}: found in {type(model).__name__}, no module by its name"]
     for role in _OUTSIDE:
         if (path := getattr(family, role)) is not None:
             module: Any = model.get_submodule(path)
@@ -52,10 +52,10 @@ def told(family: Family, model: PreTrainedModel) -> str:
         shape = list(layers[0].get_parameter(path).shape)
         lines.append(_line("attention_extras", path, f"{shape}, no unit's own"))
     lines += [_line(name, str(value), "") for name, value in _rest(family, layers[0])]
-    mlp = "MLP(norm(x))" if family.parallel else "then the same with the MLP"
+    reads = "what enters the layer" if family.parallel else "that"
     lines.append(
-        "computed: x + attention(norm(x))"
-        f"{' + ' if family.parallel else ', '}{mlp}, in every layer, with random weights"
+        f"Each of the {len(layers)} layers, run with random weights, returns its input, what the "
+        f"attention writes, and what the MLP writes of {reads}; nothing else."
     )
     lines += [f"refused: {unit}: {reason}" for unit, reason in family.refuses.items()]
     lines.append("Read it, then register_family(family) and check_family(a tiny random model).")

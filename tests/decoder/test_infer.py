@@ -193,6 +193,7 @@ def test_a_class_with_names_of_its_own_is_inferred_and_passes_the_contract(regis
     assert family.head_counts == {"many": "queries", "few": "groups"}
     for line in (
         "odd_inferred: found in OddForCausalLM",
+        "Each of the 3 layers, run with random weights, returns its input, what the attention",
         "model.layers                       3 × OddLayer",
         "feed.b                             Linear [48, 32]",
         "mix.z                              Linear [64, 32]",
