@@ -16,6 +16,7 @@ from lit_prune.decoder.head import (
     read_at,
     task_of,
 )
+from lit_prune.decoder.infer import infer_family
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.prices import Price, constant_bytes, shared_bytes, unit_prices
@@ -63,6 +64,7 @@ __all__ = [
     "find_causal_lm",
     "fingerprint",
     "head_of",
+    "infer_family",
     "logits_of",
     "media_tokens",
     "placed_labels",

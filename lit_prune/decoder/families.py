@@ -271,7 +271,8 @@ def family_of(model: PreTrainedModel) -> Family:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model_type {model_type!r}, which lit_prune does not "
             f"know. Supported: {', '.join(sorted(FAMILIES))}. Declare a new one by "
-            "lit_prune.decoder.register_family(Family(...)), and check it by "
+            "lit_prune.decoder.register_family(Family(...)), or by what "
+            "lit_prune.decoder.infer_family(model) finds, and check it by "
             "lit_prune.testing.check_family."
         )
     if task_named(type(model).__name__) is None:
