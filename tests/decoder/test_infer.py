@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_prune.decoder import FAMILIES, Family, infer_family, register_family, spec_for
-from lit_prune.decoder.infer_outside import watch
+from lit_prune.decoder.infer.outside import watch
 from lit_prune.errors import UnsupportedModelError
 from lit_prune.testing import check_family
 from tests.models import MIXTURES, tiny_model
@@ -15,7 +15,8 @@ from tests.test_testing import ANOTHER, ODD
 
 # Where one KV group does not say how groups are told apart.
 TWO = {"kv_heads": 2}
-OWN_CONDITIONS = {"model_type", "refuses_config", "needs_config", "when"}
+# Conditions on the config, and what saved models can hold: no model shows them.
+NOT_OF_MODELS = {"model_type", "refuses_config", "needs_config", "when", "keeps_biases"}
 # No number of this model says it, or nothing that its code does depends on it.
 NOT_SHOWN = {
     "bloom": {"refuses", "head_counts"},  # ALiBi: refused, in other words
@@ -46,7 +47,7 @@ def test_what_is_found_is_what_the_registry_says(registry, family, options):
     known, spec = FAMILIES[family].under(model.config), spec_for(model)
     with unchanged(model):
         found = quietly(model)
-    for field in Family.__dataclass_fields__.keys() - OWN_CONDITIONS:
+    for field in Family.__dataclass_fields__.keys() - NOT_OF_MODELS:
         if field not in NOT_SHOWN.get(family, ()):
             assert getattr(found, field) == getattr(known, field), field
     registry[family] = found
@@ -179,6 +180,7 @@ def odd_model(change=None):
     return model
 
 
+@pytest.mark.slow  # the doctest does the same with a simpler class
 def test_a_class_with_names_of_its_own_is_inferred_and_passes_the_contract(registry, capsys):
     model = odd_model()
     with unchanged(model):

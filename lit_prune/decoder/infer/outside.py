@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.decoder.infer.trial import Trial, not_inferred, same
 from lit_prune.decoder.projections import is_projection
 from lit_prune.decoder.quiet import quiet
-from lit_prune.decoder.trial import Trial, not_inferred, same
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_prune.decoder.family import Family
-from lit_prune.decoder.infer_cut import same_when_cut
-from lit_prune.decoder.infer_stream import MIDDLE
+from lit_prune.decoder.infer.cut import same_when_cut
+from lit_prune.decoder.infer.stream import MIDDLE
+from lit_prune.decoder.infer.trial import same
 from lit_prune.decoder.projections import Projection, rows_by_role, stores_transposed
-from lit_prune.decoder.trial import same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from lit_prune.decoder.infer_stream import SubBlockFound
-    from lit_prune.decoder.trial import Trial
+    from lit_prune.decoder.infer.stream import SubBlockFound
+    from lit_prune.decoder.infer.trial import Trial
 
 _UNLIKE = "an MLP of fewer channels does not compute the same for those that stay"
 _ROLES = ("query", "key", "value")
@@ -148,7 +148,7 @@ def tap_of(trial: Trial, path: str) -> str:
 
     Example:
         >>> from transformers import Olmo2Config, Olmo2ForCausalLM
-        >>> from lit_prune.decoder.infer_outside import watch
+        >>> from lit_prune.decoder.infer.outside import watch
         >>> config = Olmo2Config(hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         ...                      vocab_size=32, num_attention_heads=4, pad_token_id=0)
         >>> trial = watch(Olmo2ForCausalLM(config)).trial(0)

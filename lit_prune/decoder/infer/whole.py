@@ -9,23 +9,23 @@ from lit_prune.decoder.describe import refuse_altered_weights
 from lit_prune.decoder.families import family_name, refuse_known_kind
 from lit_prune.decoder.family import Family
 from lit_prune.decoder.head import TASKS, task_named
-from lit_prune.decoder.infer_counts import find_counts
-from lit_prune.decoder.infer_cut import refuse_standing_in
-from lit_prune.decoder.infer_outside import watch
-from lit_prune.decoder.infer_stream import find_stream
-from lit_prune.decoder.infer_units import find_channels, find_heads
-from lit_prune.decoder.infer_words import told
+from lit_prune.decoder.infer.counts import find_counts
+from lit_prune.decoder.infer.cut import refuse_standing_in
+from lit_prune.decoder.infer.outside import watch
+from lit_prune.decoder.infer.stream import find_stream
+from lit_prune.decoder.infer.trial import not_inferred
+from lit_prune.decoder.infer.units import find_channels, find_heads
+from lit_prune.decoder.infer.words import told
 from lit_prune.decoder.projections import Projection
 from lit_prune.decoder.quiet import quiet
-from lit_prune.decoder.trial import not_inferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
 
-    from lit_prune.decoder.infer_outside import Outside
-    from lit_prune.decoder.trial import Trial
+    from lit_prune.decoder.infer.outside import Outside
+    from lit_prune.decoder.infer.trial import Trial
 
 # As Llama calls them; what surgery writes into a config where all layers are alike.
 _FIELDS = (

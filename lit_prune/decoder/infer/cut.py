@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from lit_prune.decoder.constant import ConstantOutput
+from lit_prune.decoder.infer.trial import same
 from lit_prune.decoder.layer_config import LayerConfig
 from lit_prune.decoder.projections import Projection, kept_lines, rows_by_role
-from lit_prune.decoder.trial import same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lit_prune.decoder.family import Family, HeadCount
-    from lit_prune.decoder.infer_stream import StreamFound
+    from lit_prune.decoder.infer.stream import StreamFound
+    from lit_prune.decoder.infer.trial import Trial
     from lit_prune.decoder.spec import SubBlockKind
-    from lit_prune.decoder.trial import Trial
 
 
 def same_when_cut(
@@ -44,7 +44,7 @@ def same_when_cut(
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from lit_prune.decoder import Family
-        >>> from lit_prune.decoder.infer_outside import watch
+        >>> from lit_prune.decoder.infer.outside import watch
         >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         ...                      vocab_size=32, num_attention_heads=4, num_key_value_heads=2)
         >>> trial, llama = watch(LlamaForCausalLM(config)).trial(0), Family(model_type="")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lit_prune.decoder.infer.trial import same
 from lit_prune.decoder.projections import is_projection
-from lit_prune.decoder.trial import same
 
 if TYPE_CHECKING:
+    from lit_prune.decoder.infer.trial import Call, Trial
     from lit_prune.decoder.spec import SubBlockKind
-    from lit_prune.decoder.trial import Call, Trial
 
 # Of the few tokens of a trial: one with others before and after it.
 MIDDLE = 2
@@ -68,7 +68,7 @@ def find_stream(trial: Trial) -> StreamFound:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from lit_prune.decoder.infer_outside import watch
+        >>> from lit_prune.decoder.infer.outside import watch
         >>> config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         ...                      vocab_size=32, num_attention_heads=4, num_key_value_heads=2)
         >>> found = find_stream(watch(LlamaForCausalLM(config)).trial(0))

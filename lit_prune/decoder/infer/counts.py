@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.decoder.infer_cut import same_when_cut
+from lit_prune.decoder.infer.cut import same_when_cut
+from lit_prune.decoder.infer.trial import same
 from lit_prune.decoder.layer_config import LayerConfig
-from lit_prune.decoder.trial import same
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lit_prune.decoder.family import Family, HeadCount
-    from lit_prune.decoder.trial import Trial
+    from lit_prune.decoder.infer.trial import Trial
 
 _HEAD_DIMS = ("head_dim", "head_size", "attention_head_size", "dim_head", "d_head", "kv_channels")
 _SHARED_BY = ("num_key_value_groups", "n_rep", "num_queries_per_kv", "q_per_kv")
@@ -45,7 +45,7 @@ def find_counts(trial: Trial, family: Family, sizes: tuple[int, int, int]) -> Fa
     Example:
         >>> from transformers import Phi3Config, Phi3ForCausalLM
         >>> from lit_prune.decoder import Family
-        >>> from lit_prune.decoder.infer_outside import watch
+        >>> from lit_prune.decoder.infer.outside import watch
         >>> config = Phi3Config(hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         ...     vocab_size=32, num_attention_heads=8, num_key_value_heads=4, pad_token_id=0)
         >>> trial = watch(Phi3ForCausalLM(config)).trial(0)
