@@ -68,6 +68,22 @@ def test_each_layer_lies_nearer_to_the_dense_stream_than_with_the_mean_alone(fam
         assert all(errors[1][layer] < errors[0][layer] for layer in (0, 1, 2))
 
 
+def test_where_a_layer_adds_to_what_its_mlp_returns_in_place():
+    new = {"parallel_attn": True, "new_decoder_architecture": True, "kv_heads": 2}
+    model, plan = model_and_plan("falcon", **new)
+    config = PruningConfig(pruning_ratio=0.3, preset="flap")
+    units = calibrate(model, ROWS, config, progress=False).units
+    made = mean_compensation(model, plan, units), sequential_compensation(model, plan, ROWS)
+    ids = torch.stack(tiny_rows(8, 24, seed=9))
+    with torch.no_grad():
+        dense = model(ids).logits
+        errors = []
+        for compensation in made:
+            with masked(model, plan, compensation):
+                errors.append(float((model(ids).logits - dense).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
 def test_against_a_regression_on_what_the_pruned_model_really_gets():
     """The last cut MLP, solved from raw activations with the damping that was chosen."""
     model, plan = model_and_plan(mlp_bias=True, attention_bias=True)

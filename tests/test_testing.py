@@ -135,10 +135,14 @@ def test_the_contract_on_more_models(family, kv_heads, seed):
 
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+NEW_FALCON = {"parallel_attn": True, "new_decoder_architecture": True, "kv_heads": 2}
 VARIANTS = [
     ("falcon", {"multi_query": True, "alibi": True, "tie": True}),
     ("falcon", {"multi_query": True}),
     ("falcon", {"multi_query": False, "alibi": True, "kv_heads": 4}),
+    ("falcon", {"multi_query": True, "parallel_attn": True}),  # as the 7 B one
+    ("falcon", {**NEW_FALCON, "num_ln_in_parallel_attn": 1, "tie": True}),
+    ("falcon", {**NEW_FALCON, "bias": True}),  # with two norms, as the 40 B one
     ("phi3", {"kv_heads": 1, "original_max_position_embeddings": 16, "rope_parameters": LONG}),
     ("phi3", {"kv_heads": 4, "tie": True}),
     ("gpt2", {"reorder_and_upcast_attn": True, "attn_implementation": "eager"}),
@@ -289,8 +293,6 @@ INEXACT = [
     ("gpt2", "scale_attn_by_inverse_layer_idx", True),
     ("gpt2", "add_cross_attention", True),
     ("opt", "do_layer_norm_before", False),
-    ("falcon", "parallel_attn", True),
-    ("falcon", "new_decoder_architecture", True),
     ("bloom", "apply_residual_connection_post_layernorm", True),
     ("bloom", "slow_but_exact", True),
 ]
@@ -301,6 +303,12 @@ def test_a_variant_that_is_not_exact_is_refused_by_name(family, option, value):
     words = rf"config\.{option} {'' if value else 'not '}set"
     with pytest.raises(UnsupportedModelError, match=words):
         spec_for(tiny_model(family, **{option: value}))
+
+
+def test_a_new_falcon_that_is_sequential_is_refused():
+    """Its own forward fails."""
+    with pytest.raises(UnsupportedModelError, match=r"config\.parallel_attn not set"):
+        spec_for(tiny_model("falcon", new_decoder_architecture=True))
 
 
 def test_an_opt_whose_embeddings_are_narrower_is_refused():

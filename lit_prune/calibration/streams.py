@@ -200,9 +200,13 @@ def _inputs_of(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor
 
 @contextmanager
 def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a module makes."""
+    """Collect what a module makes: copies, for a layer may add to it in place."""
     found: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _module, _args, output: found.append(output))
+
+    def note(_module: nn.Module, _args: object, output: Tensor) -> None:
+        found.append(output.clone())
+
+    handle = module.register_forward_hook(note)
     try:
         yield found
     finally:

@@ -19,17 +19,24 @@ class ConstantOutput(nn.Module):
         returns_weights: True in place of attention, which returns ``(output, attention_weights)``.
         adds_residual: True where a sub-block is handed the residual, as second argument, and
             returns it with its output added.
+        whole: True where the layer adds to the output in place: a tensor of its own is returned.
     """
 
     bias: nn.Parameter | None
     stands_for_removed = True
 
     def __init__(
-        self, bias: nn.Parameter | None, *, returns_weights: bool, adds_residual: bool = False
+        self,
+        bias: nn.Parameter | None,
+        *,
+        returns_weights: bool,
+        adds_residual: bool = False,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.register_parameter("bias", bias)
         self.returns_weights, self.adds_residual = returns_weights, adds_residual
+        self.whole = whole
 
     def forward(
         self, hidden_states: Tensor, *args: Any, **kwargs: Any
@@ -38,6 +45,8 @@ class ConstantOutput(nn.Module):
         output: Tensor = hidden_states.new_zeros(()) if self.bias is None else self.bias
         if self.adds_residual:
             output = output + (args[0] if args else kwargs["residual"])
+        if self.whole:
+            output = output.expand_as(hidden_states).clone()
         return (output, None) if self.returns_weights else output
 
 

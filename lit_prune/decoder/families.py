@@ -191,10 +191,17 @@ FAMILIES: dict[str, Family] = {
                 "head_dim": None,
                 "intermediate_size": "ffn_hidden_size",
             },
-            when={"alibi": {"refuses": {"kv_group": _SLOPES}}},
-            refuses_config={
-                "parallel_attn": "attention and MLP of a layer read the same stream",
-                "new_decoder_architecture": "attention and MLP of a layer read the same stream",
+            when={
+                "alibi": {"refuses": {"kv_group": _SLOPES}},
+                "parallel_attn": {
+                    "parallel": True,
+                    "adds_in_place": True,
+                    "mlp_norm": "input_layernorm",
+                },
+                "new_decoder_architecture": {
+                    "needs_config": {"parallel_attn": "its layers read no other stream"},
+                },
+                "num_ln_in_parallel_attn=2": {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
             },
         ),
         replace(

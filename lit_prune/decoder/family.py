@@ -57,6 +57,7 @@ class Family:
             together.
         keeps_biases: Whether a format of `save_pruned` can hold biases of the output projections.
         adds_residual: Whether sub-blocks are handed the residual, as second argument, and add it.
+        adds_in_place: Whether a layer adds to what the MLP returns, in place.
         per_layer: Fields of the config, beside ``layer_types``, that list one entry for each layer.
         residual_scale: Field of the config that multiplies what a sub-block adds to the stream.
         config_names: Fields of the config that are not called as Llama's, by Llama's name; None
@@ -65,8 +66,9 @@ class Family:
         refuses_config: Fields of the config under which nothing can, where they are set (true),
             each with the reason, a clause.
         needs_config: Fields of the config without which nothing can, each with the reason.
-        when: Fields of the config under which, where they are set (true), the model is another one:
-            each with the fields of this entry that then hold, by name; later ones win.
+        when: Fields of the config under which, where they are set (true, or ``field=number``), the
+            model is another one: each with the fields of this entry that then hold, by name; later
+            ones win.
 
     Example:
         >>> Family(model_type="llama").up
@@ -103,6 +105,7 @@ class Family:
     parallel: bool = False
     keeps_biases: bool = True
     adds_residual: bool = False
+    adds_in_place: bool = False
     per_layer: tuple[str, ...] = ()
     residual_scale: str | None = None
     config_names: Mapping[str, str | None] = field(default_factory=dict)
@@ -157,6 +160,8 @@ class Family:
         """
         found = replace(self, when={})
         for option, changes in self.when.items():
-            if getattr(config, option, None):
+            name, _, number = option.partition("=")
+            value = getattr(config, name, None)
+            if str(value) == number if number else value:
                 found = replace(found, **changes)
         return found

@@ -132,6 +132,7 @@ class DecoderParts:
             bias,
             returns_weights=self.returns_pair(layer, kind),
             adds_residual=self.family.adds_residual,
+            whole=self.family.adds_in_place and kind == "mlp",
         )
 
     def per_head(self, layer: int) -> dict[str, nn.Parameter]:

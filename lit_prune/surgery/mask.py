@@ -115,4 +115,5 @@ def _recompute(
 
 
 def _replace(constant: Tensor | None, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
-    return torch.zeros_like(output) if constant is None else constant.expand_as(output)
+    # a tensor of its own: a layer may add to it in place
+    return torch.zeros_like(output) if constant is None else constant.expand_as(output).clone()

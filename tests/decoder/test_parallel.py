@@ -29,7 +29,13 @@ from tests.models import batches_of, tiny_model, tiny_rows
 from tests.state import unchanged
 
 ATTENTION, MLP = "attention", "mlp"
-FAMILIES_TRIED = [("phi", {}), ("cohere", {}), ("stablelm", {"use_parallel_residual": True})]
+IN_PLACE = {"parallel_attn": True, "multi_query": False, "kv_heads": 4}
+FAMILIES_TRIED = [
+    ("phi", {}),
+    ("cohere", {}),
+    ("stablelm", {"use_parallel_residual": True}),
+    ("falcon", IN_PLACE),
+]
 # What goes, and which output bias receives the constants of what: the other half of the layer, in
 # either order; where both go, the last half that stays before; where there is none, layer 0.
 HOLDERS = [
@@ -102,10 +108,10 @@ def with_field(spec, **changes):
 def test_the_norm_leaves_with_the_last_of_its_two_readers_and_is_counted_once(family, options):
     model = tiny_model(family, layers=3, **options)
     spec = spec_for(model)
-    size = sum(p.numel() for p in model.model.layers[0].input_layernorm.parameters())
+    size = sum(p.numel() for p in DecoderParts(model).layers[0].input_layernorm.parameters())
     assert [block.shared_parameters for block in spec.blocks] == [size] * 3
     apply_plan(model, plan_without(spec, {(0, ATTENTION), (1, MLP)}))
-    norms = [layer.input_layernorm for layer in model.model.layers]
+    norms = [layer.input_layernorm for layer in DecoderParts(model).layers]
     assert not any(isinstance(norm, nn.Identity) for norm in norms)
     again = spec_for(model)
     assert [block.shared_parameters for block in again.blocks] == [0, 0, size]
@@ -113,7 +119,7 @@ def test_the_norm_leaves_with_the_last_of_its_two_readers_and_is_counted_once(fa
     assert again.blocks[0].mlp.fixed_parameters == spec.blocks[0].mlp.fixed_parameters + size
     plan = plan_without(again, {(0, MLP)})
     apply_plan(model, plan, means_of(model, plan))  # layer 0 holds a constant, and nothing else
-    assert isinstance(model.model.layers[0].input_layernorm, nn.Identity)
+    assert isinstance(DecoderParts(model).layers[0].input_layernorm, nn.Identity)
     assert spec_for(model).blocks[0].num_parameters == spec.hidden_size
 
 
@@ -125,10 +131,12 @@ def test_the_norm_leaves_with_the_last_of_its_two_readers_and_is_counted_once(fa
         ("phi", "sleb", 1 / 3),
         ("cohere", "llm_pruner", 0.3),
         ("cohere", "shortgpt", 1 / 3),
+        ("falcon", "dsa", 0.3),
+        ("falcon", "slimgpt", 0.3),
     ],
 )
 def test_other_presets_prune_and_plain_transformers_load_it(family, preset, ratio, tmp_path):
-    model = tiny_model(family, layers=6)
+    model = tiny_model(family, layers=6, **(IN_PLACE if family == "falcon" else {}))
     options = {"preset": preset, "latency_prompt_tokens": 0, "progress": False}
     result = prune(model, batches_of(tiny_rows(30, 20), 6), pruning_ratio=ratio, **options)
     assert abs(result.report.achieved_ratio - ratio) <= RATIO_TOLERANCE
