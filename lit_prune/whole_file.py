@@ -1,4 +1,4 @@
-"""A file that appears whole, or not at all."""
+"""A file that appears whole, or not at all, for who may read what is made beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it takes its place when the block ends well.
 
-    A file that was there before is whole at every moment, and stays if the block fails.
+    A file that was there before is whole at every moment, and stays if the block fails. Who may
+    read it is decided by the umask, as of any file: safetensors 0.8 lets only its owner.
 
     Example:
         >>> from pathlib import Path
@@ -27,7 +28,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         yield beside
+        beside.chmod(mode)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)

@@ -14,13 +14,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.calibration import collect_rows
 from lit_prune.cli.console import quiet_down, say, table
-from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_text
 from lit_prune.config import PruningConfig
 from lit_prune.errors import ArtifactError
-from lit_prune.measurement import conditions, measure, report_rows
 from lit_prune.report import format_value
 from lit_prune.whole_file import whole_file
 
@@ -50,6 +47,10 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Measure, and lay out."""
+    from lit_prune.calibration import collect_rows
+    from lit_prune.cli.loading import load
+    from lit_prune.measurement import conditions, measure, report_rows
+
     quiet_down()
     workload = ("latency_prompt_tokens", "latency_new_tokens", "latency_batch_size")
     config = PruningConfig(pruning_ratio=0, **{name: options[name] for name in workload})

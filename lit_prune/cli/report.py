@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from lit_prune.errors import ArtifactError
 from lit_prune.report import PruningReport
-from lit_prune.saving.page import html_of_directory
 from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
@@ -37,6 +36,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Read, print, write."""
+    from lit_prune.saving.page import html_of_directory
+
     directory = Path(options.of)
     page = html_of_directory(directory)
     if options.to is not None:
