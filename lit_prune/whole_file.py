@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from lit_prune.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,3 +39,23 @@ def whole_file(path: Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def refuse_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that could not be written, before any work.
+
+    Args:
+        path: The target.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        ArtifactError: Says what is in the way.
+    """
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a directory; name a file.")
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if parent.is_dir() else "is no directory"
+        raise ArtifactError(f"{path} cannot be written: {parent} {what}. Choose another place.")
+    if os.path.lexists(path) and not overwrite:
+        raise ArtifactError(f"{path} exists. Pass overwrite=True to replace it, or name another.")

@@ -49,7 +49,7 @@ def run(options: Namespace) -> None:
     file = file / "plan.json" if file.is_dir() else file
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file. `lit-prune plan` writes one.")
-    plan = PruningPlan.from_json(file.read_text(encoding="utf-8"))
+    plan = PruningPlan.load(file)
     beside = file.with_name("compensation.safetensors")
     compensation = Compensation.load(beside) if beside.is_file() else None
     loaded = load(options.model, dtype=options.dtype, device=options.device)
