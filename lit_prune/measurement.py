@@ -116,8 +116,8 @@ _CLASSIFICATION: _Table = (
 _LATENCY: _Table = (
     ("prefill_seconds", "prefill", "seconds"),
     ("decode_seconds_per_token", "decode, per token", "seconds"),
-    ("prefill_tokens_per_second", "prefill", "tokens_per_second"),
-    ("decode_tokens_per_second", "decode", "tokens_per_second"),
+    ("prefill_tokens_per_second", "prefill throughput", "tokens_per_second"),
+    ("decode_tokens_per_second", "decode throughput", "tokens_per_second"),
 )
 
 

@@ -137,6 +137,8 @@ class PruningPlan:
             return cls.from_json(raw.decode())
         except UnicodeDecodeError as error:
             raise ArtifactError(f"{path} is not UTF-8 text: {error}.") from error
+        except PlanMismatchError as error:
+            raise PlanMismatchError(f"{path}: {error}") from error
         except ArtifactError:
             raise
         except OSError as error:

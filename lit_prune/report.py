@@ -135,6 +135,37 @@ class PruningReport:
         verb = "would remove" if self.dry_run else "removed"
         return f"{self.preset}: {verb} {self.ratios()}; plan {self.plan_digest[:12]}"
 
+    def in_short(self) -> str:
+        """Return in a line what it cost and whether it is faster; empty where nobody measured it.
+
+        Example:
+            >>> def row(key, label, unit, before, after):
+            ...     return ReportRow(key=key, label=label, unit=unit, before=before, after=after)
+            >>> report = PruningReport(
+            ...     requested_ratio=0.3, achieved_ratio=0.3, total_ratio=0.2, preset="paper",
+            ...     plan_digest="", dry_run=False, rows=(
+            ...         row("perplexity", "perplexity", "perplexity", 20, 22),
+            ...         row("decode", "decode throughput", "tokens_per_second", 10, 13)))
+            >>> report.in_short()
+            'perplexity 20.000 → 22.000 (+10.0%); faster: decode throughput 1.30x'
+        """
+        known = [row for row in self.rows if row.verdict != "unknown" and row.ratio is not None]
+        said = [
+            f"{row.label} {format_value(row.before, row.unit)} → "
+            f"{format_value(row.after, row.unit)} ({row.ratio - 1:+.1%})"  # type: ignore[operator] # known
+            for row in known
+            if row.unit in ("perplexity", "accuracy")
+        ]
+        times = [row for row in known if row.unit == "tokens_per_second"]
+        for verdict, words in (("better", "faster"), ("worse", "slower")):
+            found = [f"{row.label} {row.ratio:.2f}x" for row in times if row.verdict == verdict]
+            said += [f"{words}: {', '.join(found)}"] if found else []
+        same = [row.label for row in times if row.verdict == "same"]
+        if same:
+            where = "speed" if len(same) == len(times) else ", ".join(same)
+            said.append(f"no measurable difference in {where}")
+        return "; ".join(said)
+
     def ratios(self) -> str:
         """Return what was removed of what, and what was asked."""
         own = ""
@@ -147,10 +178,10 @@ class PruningReport:
 
     def __str__(self) -> str:
         """Return the report as people read it on a terminal."""
-        header = ("", "before", "after", "after/before", "")
+        header = ("", "before", "after", "ratio", "")
         cells = [header, *self.table()]
         widths = [max(len(row[i]) for row in cells) for i in range(4)]
-        lines = [self.headline(), ""]
+        lines = [*self._top(), ""]
         for row in cells:
             first, *numbers = row[:4]
             padded = [
@@ -160,6 +191,9 @@ class PruningReport:
             lines.append("  ".join([*padded, row[4]]).rstrip())
         lines += ["", *(f"note: {text}" for text in self.notes())]
         return "\n".join(lines).rstrip()
+
+    def _top(self) -> list[str]:
+        return [line for line in (self.headline(), self.in_short()) if line]
 
     def notes(self) -> list[str]:
         """Return what is said in words: target, how text was split, conditions, warnings."""
@@ -175,7 +209,7 @@ class PruningReport:
     def to_markdown(self) -> str:
         """Return headline, table and notes as Markdown."""
         lines = [
-            self.headline(),
+            *"\n\n".join(self._top()).split("\n"),  # two paragraphs
             "",
             "| | before | after | after / before | |",
             "|---|---:|---:|---:|---|",

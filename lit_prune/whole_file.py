@@ -1,9 +1,12 @@
-"""A file that appears whole, or not at all."""
+"""A file that appears whole, or not at all, for who may read what is made beside it."""
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from lit_prune.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it takes its place when the block ends well.
 
-    A file that was there before is whole at every moment, and stays if the block fails.
+    A file that was there before is whole at every moment, and stays if the block fails. Who may
+    read it is decided by the umask, as of any file: safetensors 0.8 lets only its owner.
 
     Example:
         >>> from pathlib import Path
@@ -27,8 +31,31 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".{path.name}.tmp")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode
         yield beside
+        beside.chmod(mode)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def refuse_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that could not be written, before any work.
+
+    Args:
+        path: The target.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        ArtifactError: Says what is in the way.
+    """
+    parent = path.absolute().parent
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a directory; name a file.")
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        what = "cannot be written to" if parent.is_dir() else "is no directory"
+        raise ArtifactError(f"{path} cannot be written: {parent} {what}. Choose another place.")
+    if os.path.lexists(path) and not overwrite:
+        raise ArtifactError(f"{path} exists. Pass overwrite=True to replace it, or name another.")

@@ -53,6 +53,42 @@ def test_everything_that_is_said_is_in_text_and_markdown():
     assert "would remove" in make_report(dry_run=True).headline()
 
 
+def test_in_short_says_what_it_cost_and_whether_it_is_faster():
+    def speed(key, before, after, note=""):
+        unit = "tokens_per_second"
+        return ReportRow(key=key, label=key, unit=unit, before=before, after=after, note=note)
+
+    quality = ReportRow(key="perplexity", label="ppl", unit="perplexity", before=10.0, after=12.0)
+    whole = make_report(rows=(quality, speed("prefill", 100, 150), speed("decode", 9, 5)))
+    assert (
+        whole.in_short()
+        == "ppl 10.000 → 12.000 (+20.0%); faster: prefill 1.50x; slower: decode 0.56x"
+    )
+    assert whole.in_short() in str(whole).splitlines()[1]
+    assert f"\n\n{whole.in_short()}\n\n" in whole.to_markdown()
+    noisy = speed("decode", 9, 5, "inside the spread")
+    assert make_report(rows=(noisy,)).in_short() == "no measurable difference in speed"
+    words = "faster: prefill 1.50x; no measurable difference in decode"
+    assert make_report(rows=(speed("prefill", 100, 150), noisy)).in_short() == words
+    assert make_report().in_short() == ""  # infinite, and not measured
+
+
+def test_a_report_fits_a_terminal_of_80_columns():
+    row = ReportRow(
+        key="prefill_tokens_per_second_batch_8",
+        label="prefill throughput, batch 8",
+        unit="tokens_per_second",
+        before=1_370,
+        after=1_700,
+        note="inside the spread",
+    )
+    decoder = ReportRow(
+        key="x", label="parameters in decoder layers", unit="count", before=4e6, after=3e6
+    )
+    table = str(make_report(rows=(decoder, row))).splitlines()
+    assert max(len(line) for line in table[2:-4]) <= 80
+
+
 def test_rows_by_key():
     report = make_report()
     assert report.row("total_parameters").ratio == 0.75

@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_prune.cli.console import quiet_down, say
-from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_saved
 from lit_prune.errors import ArtifactError
-from lit_prune.plan import PruningPlan
-from lit_prune.record import PruningRecord
-from lit_prune.saving import refuse_target, save_pruned
-from lit_prune.surgery import Compensation, apply_plan
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -41,6 +36,12 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Cut, and save."""
+    from lit_prune.cli.loading import load
+    from lit_prune.plan import PruningPlan
+    from lit_prune.record import PruningRecord
+    from lit_prune.saving import refuse_target, save_pruned
+    from lit_prune.surgery import Compensation, apply_plan
+
     quiet_down()
     target = Path(options.to)
     refuse_target(target, overwrite=options.overwrite)
@@ -48,7 +49,7 @@ def run(options: Namespace) -> None:
     file = file / "plan.json" if file.is_dir() else file
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file. `lit-prune plan` writes one.")
-    plan = PruningPlan.from_json(file.read_text(encoding="utf-8"))
+    plan = PruningPlan.load(file)
     beside = file.with_name("compensation.safetensors")
     compensation = Compensation.load(beside) if beside.is_file() else None
     loaded = load(options.model, dtype=options.dtype, device=options.device)

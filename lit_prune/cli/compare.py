@@ -16,20 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_prune.calibration import collect_rows
 from lit_prune.cli.console import quiet_down, say, table
-from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_text
 from lit_prune.config import PruningConfig
-from lit_prune.decoder import quiet
 from lit_prune.errors import BudgetError
-from lit_prune.measuring import calibrate
-from lit_prune.methods import PRESETS, preset
-from lit_prune.metrics import perplexity_of
-from lit_prune.planning import make_plan
-from lit_prune.saving import refuse_target, staged
-from lit_prune.sequential import compensated
-from lit_prune.surgery import masked
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -44,6 +34,8 @@ _USUAL = ["conditional", "paper", "flap", "wanda", "llm_pruner", "shortgpt", "ra
 
 def add_options(parser: ArgumentParser) -> None:
     """Add what the command reads."""
+    from lit_prune.methods import PRESETS  # names are all that is wanted, but torch comes with them
+
     add_model(parser)
     add_text(parser, "to calibrate on, and to score")
     parser.add_argument(
@@ -58,6 +50,13 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Run each preset, and lay them side by side."""
+    from lit_prune.calibration import collect_rows
+    from lit_prune.cli.loading import load
+    from lit_prune.decoder import quiet
+    from lit_prune.methods import preset
+    from lit_prune.metrics import perplexity_of
+    from lit_prune.saving import refuse_target, staged
+
     quiet_down()
     target = None if options.to is None else Path(options.to)
     if target is not None:
@@ -89,6 +88,13 @@ def run(options: Namespace) -> None:
 
 
 def _judged(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> dict[str, Any]:
+    from lit_prune.decoder import quiet
+    from lit_prune.measuring import calibrate
+    from lit_prune.metrics import perplexity_of
+    from lit_prune.planning import make_plan
+    from lit_prune.sequential import compensated
+    from lit_prune.surgery import masked
+
     started = time.perf_counter()
     row: dict[str, Any] = {
         "preset": config.preset,

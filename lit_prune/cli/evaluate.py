@@ -14,15 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.calibration import collect_rows
 from lit_prune.cli.console import quiet_down, say, table
-from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_text
 from lit_prune.config import PruningConfig
 from lit_prune.errors import ArtifactError
-from lit_prune.measurement import conditions, measure, report_rows
 from lit_prune.report import format_value
-from lit_prune.whole_file import whole_file
+from lit_prune.whole_file import refuse_file, whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,17 +42,22 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--latency_prompt_tokens", type=int, default=128, help="0 skips latency")
     parser.add_argument("--latency_new_tokens", type=int, default=16, help="decoded after it")
     parser.add_argument("--latency_batch_size", type=int, default=1, help="prompts at once")
-    parser.add_argument("--to", type=str | None, default=None, help="JSON file for the numbers")
+    parser.add_argument("--to", type=str | None, default=None, help="new JSON file for the numbers")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file")
 
 
 def run(options: Namespace) -> None:
     """Measure, and lay out."""
+    from lit_prune.calibration import collect_rows
+    from lit_prune.cli.loading import load
+    from lit_prune.measurement import conditions, measure, report_rows
+
     quiet_down()
     workload = ("latency_prompt_tokens", "latency_new_tokens", "latency_batch_size")
     config = PruningConfig(pruning_ratio=0, **{name: options[name] for name in workload})
     target = None if options.to is None else Path(options.to)
-    if target is not None and not target.absolute().parent.is_dir():
-        raise ArtifactError(f"{target.absolute().parent} is no directory: {target} has no place.")
+    if target is not None:
+        refuse_file(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     rows, notes = collect_rows(loaded.model, loaded.batches(options), _ALL)
     rows = replace(rows, split=False)  # all of it is scored
@@ -71,8 +73,11 @@ def run(options: Namespace) -> None:
     if target is not None:
         whole = {"model": options.model, "against": options.against, "words": words}
         whole["rows"] = [asdict(line) for line in lines]
-        with whole_file(target) as beside:
-            beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        try:
+            with whole_file(target) as beside:
+                beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(f"{target} cannot be written: {error.strerror}.") from error
     print(_table(lines, options))
     print("\n" + "\n".join(f"note: {word}" for word in words))
 

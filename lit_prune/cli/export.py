@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_prune.cli.console import quiet_down, say
-from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_saved
-from lit_prune.saving import refuse_target, save_pruned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -33,6 +31,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Load, and save."""
+    from lit_prune.cli.loading import load
+    from lit_prune.saving import refuse_target, save_pruned
+
     quiet_down()
     target = Path(options.to)
     refuse_target(target, overwrite=options.overwrite)

@@ -131,6 +131,7 @@ def _hub(name: str, path: Path) -> str:
 
 
 def _plain(source: Path | str, dtype: str) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -141,7 +142,7 @@ def _plain(source: Path | str, dtype: str) -> PreTrainedModel:
         found: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype="auto" if dtype == "auto" else getattr(torch, dtype)
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _no_model(source, error) from error
     return found  # type: ignore[no-any-return]
 

@@ -1,4 +1,8 @@
-"""The commands and their help. What a command needs is imported once it is the one."""
+"""The commands and their help.
+
+A command imports what it needs when it runs: torch and transformers take seconds, which nobody
+waits for to read a help or to learn of a misspelled option.
+"""
 
 from __future__ import annotations
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.allocation import refuse_impossible
 from lit_prune.cli.console import quiet_down
-from lit_prune.cli.loading import calibration_of, load
 from lit_prune.cli.options import (
     add_calibration,
     add_model,
@@ -24,10 +22,6 @@ from lit_prune.cli.options import (
     request_of,
 )
 from lit_prune.config import PruningConfig
-from lit_prune.methods import preset
-from lit_prune.pruner import carry_out
-from lit_prune.saving import refuse_target, staged
-from lit_prune.sequential import compensated
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -46,6 +40,13 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Plan, and write what was planned."""
+    from lit_prune.allocation import refuse_impossible
+    from lit_prune.cli.loading import calibration_of, load
+    from lit_prune.methods import preset
+    from lit_prune.pruner import carry_out
+    from lit_prune.saving import refuse_target, staged
+    from lit_prune.sequential import compensated
+
     quiet_down()
     config = PruningConfig.from_options(request_of(options))
     config = preset(config.preset).resolve(config)

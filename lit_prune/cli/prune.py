@@ -15,13 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_prune.cli.console import quiet_down, say
-from lit_prune.cli.loading import load
 from lit_prune.cli.options import add_model, add_request, add_saved, add_text, request_of
 from lit_prune.cli.swept import add_sweep, points_of
 from lit_prune.config import PruningConfig
-from lit_prune.methods import preset
-from lit_prune.pruner import prune
-from lit_prune.saving import refuse_target, save_pruned
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -40,6 +36,11 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Prune and save."""
+    from lit_prune.cli.loading import load
+    from lit_prune.methods import preset
+    from lit_prune.pruner import prune
+    from lit_prune.saving import refuse_target, save_pruned
+
     quiet_down()
     request = request_of(options)
     config = PruningConfig.from_options(request)

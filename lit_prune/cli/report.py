@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from lit_prune.cli.swept import add_sweep, points_of
 from lit_prune.errors import ArtifactError
 from lit_prune.report import PruningReport
-from lit_prune.saving.page import html_of_directory
-from lit_prune.whole_file import whole_file
+from lit_prune.whole_file import refuse_file, whole_file
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -40,17 +39,19 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Read, print, write."""
+    from lit_prune.saving.page import html_of_directory
+
     directory = Path(options.of)
+    target = None if options.to is None else Path(options.to)
+    if target is not None:
+        refuse_file(target, overwrite=options.overwrite)
     page = html_of_directory(directory, sweep=points_of(options.sweep))
-    if options.to is not None:
-        target = Path(options.to)
-        if target.is_dir() or (target.exists() and not options.overwrite):
-            raise ArtifactError(f"{target} exists; name a new file, or pass --overwrite.")
+    if target is not None:
         try:
             with whole_file(target) as beside:
                 beside.write_text(page, encoding="utf-8")
         except OSError as error:
             raise ArtifactError(f"{target} cannot be written: {error.strerror}.") from error
     print(PruningReport.from_json((directory / "report.json").read_text(encoding="utf-8")))
-    if options.to is not None:
-        print(f"\npage: {options.to}")
+    if target is not None:
+        print(f"\npage: {target}")

@@ -34,7 +34,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if command is None:
             parser.print_help()
             return 0
-        command.run(namespace[command.name])
+        options = namespace[command.name]
+        if empty := [name for name, value in vars(options).items() if value == ""]:
+            # the empty path is the folder that one is in: nobody means that
+            raise ConfigError(f"--{empty[0]} is empty; is it of a variable that is not set?")
+        command.run(options)
     except ArgumentError as error:
         text = str(error)
         if command is not None and "are required" in text:  # by how they nest in config files

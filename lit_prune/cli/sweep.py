@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.cli.console import quiet_down, say, table
-from lit_prune.cli.loading import calibration_of, load
 from lit_prune.cli.options import (
     add_calibration,
     add_model,
@@ -27,12 +26,6 @@ from lit_prune.cli.options import (
 )
 from lit_prune.cli.swept import SWEEP
 from lit_prune.config import PruningConfig
-from lit_prune.decoder import quiet
-from lit_prune.methods import preset
-from lit_prune.metrics import perplexity_of
-from lit_prune.saving import refuse_target, staged
-from lit_prune.sweep import sweep
-from lit_prune.views import trade_off
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -56,6 +49,14 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Plan every ratio, measure it, write it down."""
+    from lit_prune.cli.loading import calibration_of, load
+    from lit_prune.decoder import quiet
+    from lit_prune.methods import preset
+    from lit_prune.metrics import perplexity_of
+    from lit_prune.saving import refuse_target, staged
+    from lit_prune.sweep import sweep
+    from lit_prune.views import trade_off
+
     quiet_down()
     target, request = Path(options.to), request_of(options)
     for ratio in options.ratios:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import ArtifactError
-from lit_prune.sweep import SweepPoint
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from lit_prune.sweep import SweepPoint
 
 SWEEP = "sweep.json"
 
@@ -34,6 +35,8 @@ def points_of(directory: str | None) -> tuple[SweepPoint, ...]:
     """
     if directory is None:
         return ()
+    from lit_prune.sweep import SweepPoint
+
     file = Path(directory) / SWEEP
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file. `lit-prune sweep --to` writes it.")
@@ -46,6 +49,8 @@ def points_of(directory: str | None) -> tuple[SweepPoint, ...]:
 
 
 def _point(row: dict[str, Any]) -> SweepPoint:
+    from lit_prune.sweep import SweepPoint
+
     perplexity = row["perplexity"]
     return SweepPoint(
         requested=float(row["requested"]),

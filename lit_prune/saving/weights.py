@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.files import write_json
+from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,8 +114,9 @@ def write_tensors(
         for name, t in tensors.items()
     }
     try:
-        save_file(own, path, metadata={"format": "pt", **(about or {})})
-    except SafetensorError as error:
+        with whole_file(path) as beside:  # else nobody but the owner could read it
+            save_file(own, beside, metadata={"format": "pt", **(about or {})})
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path} cannot be written: {error}.") from error
 
 

@@ -17,10 +17,13 @@ METRICS = (
     "quality/accuracy/after",
     "cost/total_parameters/ratio",
     "cost/flops_per_token/ratio",
+    "cost/weight_bytes/ratio",
     "cost/kv_cache_bytes_per_token/ratio",
     "cost/prefill_seconds/ratio",
     "cost/decode_seconds_per_token/ratio",
 )
+# The tab shows five options and sorts them by name, but those that "differ" come first.
+_FIRST = {f"prune/{name}" for name in ("pruning_ratio", "preset", "budget")}
 
 
 def log_request(
@@ -50,11 +53,18 @@ def log_request(
 
 
 def _write(file: Any, request: Mapping[str, object], of_module: Mapping[str, object]) -> None:  # noqa: ANN401
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from torch.utils.tensorboard.summary import hparams
 
     options = {name: _primitive(value) for name, value in of_module.items()}
     options |= {f"prune/{name}": _primitive(value) for name, value in request.items()}
-    for summary in hparams(options, dict.fromkeys(METRICS, 0.0)):  # the tab wants names only
+    experiment, *session = hparams(options, dict.fromkeys(METRICS, 0.0))  # the tab wants names only
+    plugin = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in _FIRST
+    plugin.content = content.SerializeToString()
+    for summary in (experiment, *session):
         file.add_summary(summary)
 
 

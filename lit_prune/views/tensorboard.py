@@ -8,20 +8,22 @@
 | ``prune/entropy/kv_group/{mean,min}`` | scalar | unit entropy (nats) at each validation |
 | ``prune/entropy/channel/{mean,min}`` | scalar | unit entropy (nats) at each validation |
 | ``quality/<key>/{before,after,ratio}`` | scalar | perplexity, accuracy, nats |
-| ``cost/<key>/{before,after,ratio}`` | scalar | every other row: sizes, FLOPs, seconds, tokens/s |
+| ``cost/<key>/ratio`` | scalar | parameters, FLOPs, bytes, seconds (`hparams.METRICS`); see below |
+| ``before_after/picture`` | image | before and after, with a bar for each ratio |
+| ``before_after/table`` | text | the report as Markdown |
 | ``prune/score/kv_group`` | image | entropy of KV groups, layer x unit, cuts marked |
 | ``prune/score/channel`` | image | entropy of MLP channels, layer x unit, cuts marked |
 | ``prune/kept`` | image | kept share of KV groups and channels by layer |
 | ``prune/damage_curves`` | image | predicted damage of each sub-block (preset ``conditional``) |
 | ``prune/transfer_entropy`` | image | of blocks, attentions, MLPs (presets that measure it) |
-| ``report/before_after`` | image | before and after, with a bar for each ratio |
-| ``report/table`` | text | the report as Markdown |
 | ``plan/json`` | text | the plan as JSON, one line for each layer |
 | HPARAMS tab | hparams | the request as ``prune/<option>``, results (`hparams.METRICS`) beside it |
 
 ``<key>`` is `ReportRow.key`. A row that was not measured, or is not finite, has no scalar; a score
-that was not measured has no image. Scalars go to every logger, the rest only to loggers whose
-``experiment`` takes figures and text.
+that was not measured has no image. TensorBoard sorts by name and gives each scalar a card, so what
+a reader looks for first has the first name, and of the costs it shows few: each has one value, and
+all of them stand in ``before_after/table``. A logger whose ``experiment`` takes no figures and text
+gets scalars alone, and every row of the report, as ``cost/<key>/{before,after,ratio}``.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lit_prune.views.before_after import before_after
 from lit_prune.views.damage import damage_curves
-from lit_prune.views.hparams import log_request
+from lit_prune.views.hparams import METRICS, log_request
 from lit_prune.views.kept_units import kept_units
 from lit_prune.views.transfer import transfer_entropy
 from lit_prune.views.unit_entropy import unit_entropy_heatmap
@@ -52,15 +54,15 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 RATIOS = ("prune/requested_ratio", "prune/achieved_ratio", "prune/total_ratio")
+_SCORES = ("prune/score/kv_group", "prune/score/channel")
 IMAGES = (
-    "prune/score/kv_group",
-    "prune/score/channel",
+    "before_after/picture",
+    *_SCORES,
     "prune/kept",
     "prune/damage_curves",  # of `conditional`
     "prune/transfer_entropy",  # where a preset measures it: `paper`
-    "report/before_after",
 )
-TEXTS = ("report/table", "plan/json")
+TEXTS = ("before_after/table", "plan/json")
 ENTROPIES = tuple(
     f"prune/entropy/{g}/{s}" for g in ("kv_group", "channel") for s in ("mean", "min")
 )
@@ -106,24 +108,26 @@ def log_report(
     nats = "activation units" if report.config.get("estimator") == "std_sum" else "nats"
     draw: dict[str, Callable[[], Figure]] = {
         "prune/kept": lambda: kept_units(spec, plan),
-        "report/before_after": lambda: before_after(report),
+        "before_after/picture": lambda: before_after(report),
     }
     if any(kind == "attention" for _, kind in entropies):
-        draw[IMAGES[0]] = lambda: unit_entropy_heatmap(spec, plan, entropies, "attention")
+        draw[_SCORES[0]] = lambda: unit_entropy_heatmap(spec, plan, entropies, "attention")
     if any(kind == "mlp" for _, kind in entropies):
-        draw[IMAGES[1]] = lambda: unit_entropy_heatmap(spec, plan, entropies, "mlp")
+        draw[_SCORES[1]] = lambda: unit_entropy_heatmap(spec, plan, entropies, "mlp")
     if transfer:
         draw["prune/transfer_entropy"] = lambda: transfer_entropy(spec, plan, transfer, unit=nats)
     if damage:
         draw["prune/damage_curves"] = lambda: damage_curves(spec, plan, damage)
-    texts = {"report/table": report.to_markdown(), "plan/json": f"```json\n{plan_text(plan)}\n```"}
+    plan_block = f"```json\n{plan_text(plan)}\n```"
+    texts = {"before_after/table": report.to_markdown(), "plan/json": plan_block}
 
     def show(logger: MetricLogger) -> None:
-        logger.log_metrics(scalars, step=step)
         writer: Any = getattr(logger, "experiment", None)
         if not hasattr(writer, "add_figure") or not hasattr(writer, "add_text"):
+            logger.log_metrics(scalars, step=step)
             _log.info("%s shows scalars only; pictures and texts need TensorBoard", _name(logger))
             return
+        logger.log_metrics({t: x for t, x in scalars.items() if _has_a_card(t)}, step=step)
         for tag, text in texts.items():
             writer.add_text(tag, text, step)
         log_request([logger], report.config, getattr(logger, "hparams", None))
@@ -190,6 +194,10 @@ def plan_text(plan: PruningPlan) -> str:
     layers = ",\n".join(json.dumps(layer, sort_keys=True) for layer in whole.pop("layers"))
     rest = json.dumps(whole, sort_keys=True, indent=1)
     return f'{rest[:-2]},\n "layers": [\n{layers}\n]\n}}'
+
+
+def _has_a_card(tag: str) -> bool:
+    return tag in METRICS or not tag.startswith("cost/")
 
 
 def _finite(scalars: dict[str, float]) -> dict[str, float]:

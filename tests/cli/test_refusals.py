@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,10 +23,14 @@ def test_nothing_and_help_teach(lit_prune):
     assert "--max_perplexity_increase" in run.out
 
 
+COMMANDS = ("prune", "plan", "apply", "sweep", "evaluate", "report", "export")  # compare: presets
+
+
 def test_help_is_there_before_torch():
     code = (
         "import sys; sys.argv[0] = 'lit-prune'; from lit_prune.cli import main; "
-        "status = main(['--help']); sys.exit(status or 'torch' in sys.modules)"
+        f"bad = main(['--help']) or any(main([x, '--help']) for x in {COMMANDS}) "
+        "or main(['prune', '--model', 'M']) != 2; sys.exit(bad or 'torch' in sys.modules)"
     )
     path = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert subprocess.run([sys.executable, "-c", code], env=path, check=False).returncode == 0
@@ -56,6 +61,9 @@ def test_help_is_there_before_torch():
         (["sweep", "--model", "M", "--to", "X", "--ratios", "0.1"], ["--text", "--calibration"]),
         (["compare", "--model", "M", "--text", "T", "--presets", "flapp"], ["'flap'"]),
         (["prune", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["prune", "--model", "M", "--text", "", "--to", "X"], ["--text is empty"]),
+        (["export", "--model", "", "--to", "X"], ["--model is empty"]),
+        (["report", "--of", "X", "--to="], ["--to is empty"]),
     ],
 )
 def test_what_cannot_be_meant_is_status_2(
@@ -106,6 +114,9 @@ def test_models_that_are_none_are_status_1(lit_prune, model_directory, text, tmp
 
     said("./nowhere", "no such directory")
     said(tmp_path, "no config.json")
+    half = shutil.copytree(model_directory, tmp_path / "half")
+    os.truncate(half / "model.safetensors", 5000)
+    said(half, "half could not be loaded")
     said(text / "heapq.txt", "is a file")
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "config.json").write_text(json.dumps({"model_type": "strange"}))
@@ -153,6 +164,21 @@ def test_targets_that_are_in_the_way_are_refused_before_any_work(
     assert (tmp_path / "there" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_a_file_that_is_in_the_way_is_refused_before_any_work(lit_prune, tmp_path, command):
+    given = {
+        "evaluate": ["evaluate", "--model", "./nowhere", "--text", "nothing.txt"],
+        "report": ["report", "--of", "./nowhere"],
+    }[command]
+    (tmp_path / "mine.txt").write_text("mine")
+    refused(lit_prune(*given, "--to", tmp_path / "mine.txt"), 1, "exists", "--overwrite")
+    refused(lit_prune(*given, "--to", tmp_path, "--overwrite"), 1, "is a directory")
+    refused(lit_prune(*given, "--to", tmp_path / "no" / "x"), 1, "is no directory")
+    refused(lit_prune(*given, "--to", tmp_path / "mine.txt" / "x"), 1, "is no directory")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_verbose_shows_the_traceback(lit_prune, text, tmp_path):
     run = prune(lit_prune, "./nowhere", text, tmp_path / "out", "--verbose")
     assert run.status == 1
@@ -176,6 +202,9 @@ def test_an_interrupted_run_leaves_nothing(lit_prune, model_directory, text, tmp
 def test_what_does_not_exist_is_named(lit_prune, model_directory, tmp_path):
     run = lit_prune("apply", "--model", model_directory, "--plan", tmp_path, "--to", tmp_path / "x")
     refused(run, 1, "plan.json", "no such file")
+    (tmp_path / "plan.json").write_text("{}")
+    run = lit_prune("apply", "--model", model_directory, "--plan", tmp_path, "--to", tmp_path / "x")
+    refused(run, 1, "plan.json", "must be an object")
     run = lit_prune(
         "export", "--model", model_directory, "--to", tmp_path / "x", "--format", "gguff"
     )

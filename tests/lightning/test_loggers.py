@@ -9,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lit_prune import PruningPlan, PruningReport
 from lit_prune.calibration import Calibration
+from lit_prune.views.hparams import METRICS
 from lit_prune.views.tensorboard import ENTROPIES, IMAGES, RATIOS, TEXTS
 from tests.lightning.modules import LM, fit, hooks, loader, pruner, said, trainer
 
@@ -33,11 +34,14 @@ def test_tensorboard_has_every_documented_tag(tmp_path, preset):
     rows = {row.key: row.unit in ("nats", "perplexity") for row in callback.report_.rows}
     assert {"mean_nll", "perplexity", "decoder_parameters", "flops_per_token"} <= set(rows)
     wanted = {
-        f"{'quality' if quality else 'cost'}/{key}/{side}"
+        f"quality/{key}/{side}"
         for key, quality in rows.items()
         for side in ("before", "after", "ratio")
+        if quality
     }
+    costs = {f"cost/{key}/ratio" for key in rows} & set(METRICS)
     assert set(tags["scalars"]) >= {*RATIOS, *ENTROPIES, *wanted}
+    assert {tag for tag in tags["scalars"] if tag.startswith("cost/")} == costs
     assert set(tags["images"]) == {*IMAGES} - {ABSENT[preset]}
     assert {tag.removesuffix("/text_summary") for tag in tags["tensors"]} >= set(TEXTS)
     [achieved] = found.Scalars("prune/achieved_ratio")

@@ -95,11 +95,12 @@ def _faster(report: PruningReport, times: list[Timed]) -> tuple[str, list[str]]:
         return "Not known: nothing was cut", ["dry run; the dense model was measured"]
     facts, claims, slower, doubts, everywhere = [], 0, 0, 0, 0
     for name in PHASES:
-        words = []
+        words, alike = [], []
         for one in times:
             phase, batch = one.phase(name), f"at batch {one.before.batch_size}"
             if phase is None:
                 continue
+            everywhere += 1
             doubt = phase.claim and bool(one.reasons.get(name))
             claims, doubts = claims + phase.claim, doubts + doubt
             slower += phase.measurable and not phase.claim
@@ -108,10 +109,11 @@ def _faster(report: PruningReport, times: list[Timed]) -> tuple[str, list[str]]:
             elif phase.measurable:
                 words.append(f"slower {batch} ({phase.ratio:.2f}×)")
             else:
-                words.append(f"no measurable difference {batch}")
+                alike.append(str(one.before.batch_size))
+        if alike:
+            words.append(f"no measurable difference at batch {' and '.join(alike)}")
         if words:  # a classifier decodes nothing
             facts.append(f"{_PHASE_WORDS[name]}: {', '.join(words)}")
-            everywhere += len(words)
     if claims == doubts:
         answer = "No, slower" if slower else "No gain to count on"
     elif slower:

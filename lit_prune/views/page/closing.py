@@ -20,14 +20,13 @@ if TYPE_CHECKING:
     from lit_prune.views.page.elements import Child
 
 _VERDICTS = {"better": "▲ better", "worse": "▼ worse", "same": "= same", "unknown": "–"}
-_RATES = {"prefill": "prefill throughput", "decode": "decode throughput"}
 
 
 def before_and_after(report: PruningReport) -> Element:
     """Return every row of the report."""
     rows: list[Sequence[Child]] = [
         [
-            _RATES.get(row.label, row.label) if row.unit == "tokens_per_second" else row.label,
+            row.label,
             format_value(row.before, row.unit),
             format_value(row.after, row.unit),
             change(row.ratio),
