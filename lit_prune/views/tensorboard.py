@@ -8,7 +8,7 @@
 | ``prune/entropy/kv_group/{mean,min}`` | scalar | unit entropy (nats) at each validation |
 | ``prune/entropy/channel/{mean,min}`` | scalar | unit entropy (nats) at each validation |
 | ``quality/<key>/{before,after,ratio}`` | scalar | perplexity, accuracy, nats |
-| ``cost/<key>/ratio`` | scalar | parameters, FLOPs, bytes, seconds (`hparams.METRICS`); see below |
+| ``cost/<key>/{before,after,ratio}`` | scalar | parameters, FLOPs, bytes, seconds; see below |
 | ``before_after/picture`` | image | before and after, with a bar for each ratio |
 | ``before_after/table`` | text | the report as Markdown |
 | ``prune/score/kv_group`` | image | entropy of KV groups, layer x unit, cuts marked |
@@ -21,9 +21,9 @@
 
 ``<key>`` is `ReportRow.key`. A row that was not measured, or is not finite, has no scalar; a score
 that was not measured has no image. TensorBoard sorts by name and gives each scalar a card, so what
-a reader looks for first has the first name, and of the costs it shows few: each has one value, and
-all of them stand in ``before_after/table``. A logger whose ``experiment`` takes no figures and text
-gets scalars alone, and every row of the report, as ``cost/<key>/{before,after,ratio}``.
+a reader looks for first has the first name, and of the costs it shows those of `hparams.METRICS`:
+each card has one value, and all rows stand in ``before_after/table``. A logger whose ``experiment``
+takes no figures and text gets scalars alone, and every row.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def plan_text(plan: PruningPlan) -> str:
 
 
 def _has_a_card(tag: str) -> bool:
-    return tag in METRICS or not tag.startswith("cost/")
+    return f"{tag.rpartition('/')[0]}/ratio" in METRICS or not tag.startswith("cost/")
 
 
 def _finite(scalars: dict[str, float]) -> dict[str, float]:

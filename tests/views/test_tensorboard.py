@@ -90,8 +90,9 @@ def test_the_tags_are_those_of_the_table_and_no_others(written):
     assert set(tensorboard.RATIOS) | set(tensorboard.ENTROPIES) <= scalars
     rest = scalars - set(tensorboard.RATIOS) - set(tensorboard.ENTROPIES)
     costs = {tag for tag in rest if tag.startswith("cost/")}
-    assert costs == {"cost/total_parameters/ratio", "cost/prefill_seconds/ratio"}  # few cards
     sides = ("before", "after", "ratio")
+    few = ("total_parameters", "prefill_seconds")  # no tokens per second beside the seconds
+    assert costs == {f"cost/{key}/{side}" for key in few for side in sides}
     assert rest - costs == {f"quality/{k}/{s}" for k in ("perplexity", "mean_nll") for s in sides}
     assert set(written.Tags()["images"]) == set(tensorboard.IMAGES)
     texts = {tag for tag in written.Tags()["tensors"] if tag.endswith("/text_summary")}
