@@ -24,8 +24,8 @@ def plainly(text: str, command: str | None) -> str:
         command: Of ``lit-prune``, if there is one.
 
     Example:
-        >>> plainly('Parser key "seed": Expected a <class \\'int\\'>. Got value: x', "prune")
-        "--seed: 'x' is not a whole number. See lit-prune prune --help."
+        >>> plainly("the following arguments are required: prune.model", "prune")
+        'the following arguments are required: --model. See lit-prune prune --help.'
     """
     key, given, choices = _KEY.search(text), _GIVEN.search(text), _CHOICES.search(text)
     kinds = [_WORDS[kind] for kind in dict.fromkeys(_TYPE.findall(text)) if kind in _WORDS]
