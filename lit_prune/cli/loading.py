@@ -50,7 +50,8 @@ class Loaded:
         if options.batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1 sample, got {options.batch_size}.")
         longest = getattr(self.model.config, "max_position_embeddings", None) or _LONGEST
-        length = options.context_length or min(longest, _LONGEST)
+        asked = options.context_length
+        length = min(longest, _LONGEST) if asked is None else asked
         if length > longest:
             raise ConfigError(
                 f"context_length {length}: the model reads at most {longest} tokens at once."

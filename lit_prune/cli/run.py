@@ -8,6 +8,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from lit_prune.cli.parser import make_parser
+from lit_prune.cli.wording import plainly
 from lit_prune.errors import ConfigError, LitPruneError
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--{empty[0]} is empty; is it of a variable that is not set?")
         command.run(options)
     except ArgumentError as error:
-        text = str(error)
-        if command is not None and "are required" in text:  # by how they nest in config files
-            text = text.replace(f"{command.name}.", "--")
-        return _refused(f"{text}. See lit-prune --help.", USAGE, verbose=verbose)
+        text = plainly(str(error), None if command is None else command.name)
+        return _refused(text, USAGE, verbose=verbose)
     except ConfigError as error:
         return _refused(str(error), USAGE, verbose=verbose)
     except (LitPruneError, OSError) as error:

@@ -60,6 +60,20 @@ def test_help_is_there_before_torch():
         ),
         (["sweep", "--model", "M", "--to", "X", "--ratios", "0.1"], ["--text", "--calibration"]),
         (["compare", "--model", "M", "--text", "T", "--presets", "flapp"], ["'flap'"]),
+        (["prune", "--pruning_ratio", "abc"], ["--pruning_ratio: 'abc' is not a number"]),
+        (
+            ["prune", "--batch_size", "1.5"],
+            ["'1.5' is not a whole number", "lit-prune prune --help"],
+        ),
+        (["prune", "--allocator", "x"], ["--allocator: 'x' is not one of 'depth_first', 'greedy'"]),
+        (["sweep", "--ratios", "0.1", "a"], ["--ratios: 'a' is not a number"]),
+        (
+            [
+                *("prune", "--model", "M", "--text", "TEXT", "--to", "X"),
+                *("--pruning_ratio", "0.3", "--context_length", "0"),
+            ],
+            ["context_length must be at least 2"],
+        ),
         (["prune", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["prune", "--model", "M", "--text", "", "--to", "X"], ["--text is empty"]),
         (["export", "--model", "", "--to", "X"], ["--model is empty"]),
@@ -67,10 +81,11 @@ def test_help_is_there_before_torch():
     ],
 )
 def test_what_cannot_be_meant_is_status_2(
-    lit_prune, tmp_path, monkeypatch, model_directory, words, said
+    lit_prune, tmp_path, monkeypatch, model_directory, text, words, said
 ):
     monkeypatch.chdir(tmp_path)
-    run = lit_prune(*(model_directory if word == "M" else word for word in words))
+    there = {"M": model_directory, "TEXT": text}
+    run = lit_prune(*(there.get(word, word) for word in words))
     refused(run, 2, *said)
     assert not list(tmp_path.iterdir())
 
