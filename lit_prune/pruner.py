@@ -272,7 +272,7 @@ def make_report(
         else removed / dense.decoder_parameters,
         calibration=calibration.describe(),
         search=planned.plan.provenance["method"],
-        config=config.to_dict(),
+        config=planned.plan.provenance["config"],  # as the family resolves it
         conditions=conditions(before, after),
         warnings=(
             *calibration.notes,

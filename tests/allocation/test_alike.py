@@ -20,6 +20,7 @@ def request(ratio, **options):
         allocator="uniform_widths",
         channel_multiple=1,
         compensation="none",  # with it, which blocks go changes the size by a bias
+        add_biases=True,  # as it is resolved
         **options,
     )
 
