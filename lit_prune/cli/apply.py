@@ -39,11 +39,12 @@ def run(options: Namespace) -> None:
     from lit_prune.cli.loading import load
     from lit_prune.plan import PruningPlan
     from lit_prune.record import PruningRecord
-    from lit_prune.saving import refuse_target, save_pruned
+    from lit_prune.saving import refuse_format, refuse_target, save_pruned
     from lit_prune.surgery import Compensation, apply_plan
 
     quiet_down()
     target = Path(options.to)
+    refuse_format(options.format)
     refuse_target(target, overwrite=options.overwrite)
     file = Path(options.plan)
     file = file / "plan.json" if file.is_dir() else file

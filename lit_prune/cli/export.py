@@ -32,10 +32,11 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Load, and save."""
     from lit_prune.cli.loading import load
-    from lit_prune.saving import refuse_target, save_pruned
+    from lit_prune.saving import refuse_format, refuse_target, save_pruned
 
     quiet_down()
     target = Path(options.to)
+    refuse_format(options.format)
     refuse_target(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     say(f"saving to {target}")

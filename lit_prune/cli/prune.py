@@ -39,13 +39,14 @@ def run(options: Namespace) -> None:
     from lit_prune.cli.loading import load
     from lit_prune.methods import preset
     from lit_prune.pruner import prune
-    from lit_prune.saving import refuse_target, save_pruned
+    from lit_prune.saving import refuse_format, refuse_target, save_pruned
 
     quiet_down()
     request = request_of(options)
     config = PruningConfig.from_options(request)
     preset(config.preset).resolve(config)
     target, points = Path(options.to), points_of(options.sweep)
+    refuse_format(options.format)
     refuse_target(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     result = prune(loaded.model, loaded.batches(options), **request)

@@ -12,7 +12,7 @@ from lit_prune.decoder import whole_of
 from lit_prune.decoder.families import family_name
 from lit_prune.errors import ConfigError, FormatError, did_you_mean
 from lit_prune.saving.carrier import TARGETS
-from lit_prune.saving.gguf import gguf
+from lit_prune.saving.gguf import gguf, require_gguf
 from lit_prune.saving.heterogeneous import heterogeneous
 from lit_prune.saving.models import HELD
 from lit_prune.saving.padded import can_pad, padded
@@ -56,11 +56,7 @@ def prepare(
         >>> prepare(LlamaForCausalLM(config), "auto")[1]
         'auto took stock: LlamaForCausalLM of plain transformers holds it'
     """
-    if name != "auto" and name not in FORMATS:
-        known = ["auto", *FORMATS]
-        raise ConfigError(
-            f"format must be one of {known}, got {name!r}{did_you_mean(str(name), known)}."
-        )
+    refuse_format(name)
     if whole_of(model) is not model:
         whole = prepare_whole(model, name).with_tokenizer(tokenizer)
         return whole, f"{whole.class_name} of plain transformers holds it"
@@ -82,6 +78,24 @@ def prepare(
         because = f"auto took padded: {'; '.join(refusals)}"
         return padded(model).with_tokenizer(tokenizer), because
     raise FormatError("auto", "; ".join(refusals), instead=_instead(model, "auto"))
+
+
+def refuse_format(name: str) -> None:
+    """Refuse a format that cannot be written whatever the model, before any work.
+
+    Args:
+        name: A key of `FORMATS`, or ``auto``.
+
+    Raises:
+        ConfigError: If there is no such format, or a package is missing.
+    """
+    if name != "auto" and name not in FORMATS:
+        known = ["auto", *FORMATS]
+        raise ConfigError(
+            f"format must be one of {known}, got {name!r}{did_you_mean(str(name), known)}."
+        )
+    if name == "gguf":
+        require_gguf()
 
 
 def _instead(model: PreTrainedModel, refused: str) -> str | None:

@@ -179,6 +179,18 @@ def test_targets_that_are_in_the_way_are_refused_before_any_work(
     assert (tmp_path / "there" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("command", ["prune", "apply", "export"])
+def test_a_format_that_cannot_be_written_is_refused_before_any_work(
+    lit_prune, tmp_path, monkeypatch, command
+):
+    given = {"prune": ["--text", "T", "--pruning_ratio", "0.3"], "apply": ["--plan", "P"]}
+    words = [command, "--model", "./nowhere", "--to", tmp_path / "out", *given.get(command, [])]
+    refused(lit_prune(*words, "--format", "gguff"), 2, "did you mean 'gguf'")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(lit_prune(*words, "--format", "gguf"), 2, "pip install 'lit-prune[gguf]'")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["evaluate", "report"])
 def test_a_file_that_is_in_the_way_is_refused_before_any_work(lit_prune, tmp_path, command):
     given = {

@@ -182,12 +182,7 @@ def gguf(model: PreTrainedModel) -> PreparedGguf:
         ConfigError: If the package ``gguf`` is not installed.
         FormatError: If no architecture of llama.cpp holds the model; says why.
     """
-    try:
-        import gguf as _  # noqa: F401 - asked before any work
-    except ImportError as error:
-        raise ConfigError(
-            "format='gguf' needs the package gguf: pip install 'lit-prune[gguf]'."
-        ) from error
+    require_gguf()
     if task_of(model) != "next_token":
         raise FormatError(NAME, "llama.cpp writes text, and this model classifies it")
     body = body_of(model)
@@ -239,3 +234,17 @@ def _zeros(body: Body, choice: Architecture, widths: dict[int, Widths]) -> list[
             "of what was removed: llama.cpp needs it there."
         )
     return notes
+
+
+def require_gguf() -> None:
+    """Ask for the package ``gguf``, before any work.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "format='gguf' needs the package gguf: pip install 'lit-prune[gguf]'."
+        ) from error
