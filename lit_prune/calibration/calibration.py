@@ -230,6 +230,8 @@ class Calibration:
         Raises:
             ArtifactError: If the file is not a calibration of a version that is known here.
         """
+        if not path.is_file():
+            raise ArtifactError(f"{path}: there is no such file.")
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["lit_prune"])

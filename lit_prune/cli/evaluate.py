@@ -59,15 +59,17 @@ def run(options: Namespace) -> None:
     if target is not None:
         refuse_file(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
+    other = loaded
+    if options.against is not None:  # before the first is measured: it may not be there
+        other = load(options.against, dtype=options.dtype, device=options.device)
     rows, notes = collect_rows(loaded.model, loaded.batches(options), _ALL)
     rows = replace(rows, split=False)  # all of it is scored
     say(f"measuring {options.model}")
     here = measure(loaded.model, rows, config)
     before = here
     if options.against is not None:
-        other = load(options.against, dtype=options.dtype, device=options.device).model
         say(f"measuring {options.against}")
-        before = measure(other, rows, config)
+        before = measure(other.model, rows, config)
     after = None if options.against is None else here
     lines, words = report_rows(before, after), [*notes, *conditions(before, after)["words"]]
     if target is not None:
