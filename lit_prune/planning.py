@@ -35,9 +35,6 @@ from lit_prune.surgery import (
 )
 from lit_prune.versions import versions_of
 
-# What a number depends on.
-MEASURED_WITH = ("lit-prune", "torch", "transformers", "lightning", "torchmetrics", "scikit-learn")
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,6 +44,9 @@ if TYPE_CHECKING:
     from lit_prune.methods import Kept
     from lit_prune.ranks import Ranks
     from lit_prune.surgery.least_squares import Solved
+
+# What a number depends on.
+MEASURED_WITH = ("lit-prune", "torch", "transformers", "lightning", "torchmetrics", "scikit-learn")
 
 
 @dataclass(frozen=True, slots=True)

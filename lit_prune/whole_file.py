@@ -41,6 +41,23 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text, whole or not at all.
+
+    Args:
+        path: The target.
+        text: What it shall hold.
+
+    Raises:
+        ArtifactError: If the file cannot be written; one that was there before is whole.
+    """
+    try:
+        with whole_file(path) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"{path} could not be written: {error}.") from error
+
+
 def refuse_file(path: Path, *, overwrite: bool) -> None:
     """Refuse a file that could not be written, before any work.
 

@@ -11,6 +11,8 @@ os.environ["MPLBACKEND"] = "Agg"
 import pytest
 import torch
 
+from lit_prune.decoder import FAMILIES
+
 # Tiny models: one thread is faster than a pool, and sums come in one order on every machine.
 torch.set_num_threads(1)
 
@@ -29,6 +31,15 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Let the garbage collector, which Lightning calls in every run, pass over what is imported."""
     gc.freeze()
+
+
+@pytest.fixture
+def registry():
+    """The families; what a test does to them is undone."""
+    before = dict(FAMILIES)
+    yield FAMILIES
+    FAMILIES.clear()
+    FAMILIES.update(before)
 
 
 # ---- model fixtures (the builders are in tests/models.py) ----

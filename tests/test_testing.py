@@ -201,11 +201,8 @@ def own_model():
 
 
 @pytest.fixture
-def registered():
-    before = dict(FAMILIES)
-    yield register_family
-    FAMILIES.clear()
-    FAMILIES.update(before)
+def registered(registry):
+    return register_family
 
 
 def test_a_family_of_ones_own_passes_the_contract_once_it_is_declared(registered, tmp_path):

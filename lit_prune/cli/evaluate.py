@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from lit_prune.cli.console import quiet_down, say, table
 from lit_prune.cli.options import add_model, add_text
 from lit_prune.config import PruningConfig
-from lit_prune.errors import ArtifactError
 from lit_prune.report import format_value
-from lit_prune.whole_file import refuse_file, whole_file
+from lit_prune.whole_file import refuse_file, write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +58,7 @@ def run(options: Namespace) -> None:
     if target is not None:
         refuse_file(target, overwrite=options.overwrite)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
-    other = loaded
+    other = None
     if options.against is not None:  # before the first is measured: it may not be there
         other = load(options.against, dtype=options.dtype, device=options.device)
     rows, notes = collect_rows(loaded.model, loaded.batches(options), _ALL)
@@ -67,19 +66,15 @@ def run(options: Namespace) -> None:
     say(f"measuring {options.model}")
     here = measure(loaded.model, rows, config)
     before = here
-    if options.against is not None:
+    if other is not None:
         say(f"measuring {options.against}")
         before = measure(other.model, rows, config)
-    after = None if options.against is None else here
+    after = None if other is None else here
     lines, words = report_rows(before, after), [*notes, *conditions(before, after)["words"]]
     if target is not None:
         whole = {"model": options.model, "against": options.against, "words": words}
         whole["rows"] = [asdict(line) for line in lines]
-        try:
-            with whole_file(target) as beside:
-                beside.write_text(json.dumps(whole, indent=1), encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"{target} cannot be written: {error.strerror}.") from error
+        write_text(target, json.dumps(whole, indent=1))
     print(_table(lines, options))
     print("\n" + "\n".join(f"note: {word}" for word in words))
 

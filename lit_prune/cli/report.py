@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_prune.cli.swept import add_sweep, points_of
-from lit_prune.errors import ArtifactError
 from lit_prune.report import PruningReport
-from lit_prune.whole_file import refuse_file, whole_file
+from lit_prune.whole_file import refuse_file, write_text
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -47,11 +46,7 @@ def run(options: Namespace) -> None:
         refuse_file(target, overwrite=options.overwrite)
     page = html_of_directory(directory, sweep=points_of(options.sweep))
     if target is not None:
-        try:
-            with whole_file(target) as beside:
-                beside.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise ArtifactError(f"{target} cannot be written: {error.strerror}.") from error
+        write_text(target, page)
     print(PruningReport.from_json((directory / "report.json").read_text(encoding="utf-8")))
     if target is not None:
         print(f"\npage: {target}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lit_prune.errors import ArtifactError
 
@@ -43,20 +43,17 @@ def points_of(directory: str | None) -> tuple[SweepPoint, ...]:
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
         dense = SweepPoint(0.0, 0.0, mean_nll=float(whole["dense_nll"]))
-        return (dense, *(_point(row) for row in whole["points"]))
+        points = [
+            SweepPoint(
+                requested=float(row["requested"]),
+                achieved=row["achieved"],
+                predicted_damage=row["predicted_damage"],
+                mean_nll=None if row["perplexity"] is None else math.log(row["perplexity"]),
+                note=str(row["note"]),
+                budget=row["budget"],
+            )
+            for row in whole["points"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is not what `lit-prune sweep` writes: {error!r}.") from error
-
-
-def _point(row: dict[str, Any]) -> SweepPoint:
-    from lit_prune.sweep import SweepPoint
-
-    perplexity = row["perplexity"]
-    return SweepPoint(
-        requested=float(row["requested"]),
-        achieved=row["achieved"],
-        predicted_damage=row["predicted_damage"],
-        mean_nll=None if perplexity is None else math.log(perplexity),
-        note=str(row["note"]),
-        budget=row["budget"],
-    )
+    return (dense, *points)

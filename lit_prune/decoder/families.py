@@ -199,7 +199,9 @@ FAMILIES: dict[str, Family] = {
                     "mlp_norm": "input_layernorm",
                 },
                 "new_decoder_architecture": {
-                    "needs_config": {"parallel_attn": "its layers read no other stream"},
+                    "needs_config": {
+                        "parallel_attn": "without it, its layers run norms that they do not have"
+                    },
                 },
                 "num_ln_in_parallel_attn=2": {"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
             },

@@ -133,6 +133,15 @@ class Family:
         )
         return tuple(path for path in both if path is not None)
 
+    @property
+    def separates(self) -> bool:
+        """Whether norms tell where the attention ends, and where the MLP begins."""
+        return None not in (
+            self.attention_norm or self.attention_post_norm,
+            self.mlp_norm or self.mlp_post_norm,
+            self.attention_post_norm or self.mlp_norm,
+        )
+
     def output(self, kind: SubBlockKind) -> str:
         """Return the projection whose columns belong to units."""
         return self.attention_output if kind == "attention" else self.mlp_output

@@ -1,8 +1,13 @@
-"""A config that all layers share, as one layer sees it whose head count is its own."""
+"""What an attention reads of its head count: its own numbers, or those of the shared config."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from lit_prune.decoder.family import HeadCount
 
 
 class LayerConfig:
@@ -33,3 +38,28 @@ class LayerConfig:
         if name in ("_shared", "_own") or name.startswith("__"):
             raise AttributeError(name)
         return self._own[name] if name in self._own else getattr(self._shared, name)
+
+
+def numbers_for(
+    counts: Mapping[str, HeadCount], shared: object, *, head_dim: int, groups: int, queries: int
+) -> dict[str, object]:
+    """Return what an attention's code reads of its heads, by attribute: its config too, if need be.
+
+    Args:
+        counts: `Family.head_counts`.
+        shared: The config that the attention has now.
+        head_dim: Width of a head.
+        groups: KV groups.
+        queries: Query heads of a group.
+
+    Example:
+        >>> numbers_for({"num_heads": "queries"}, None, head_dim=8, groups=2, queries=3)
+        {'num_heads': 6}
+    """
+    counted = {"queries": groups * queries, "groups": groups, "width": groups * queries * head_dim}
+    found: dict[str, object] = {}
+    own: dict[str, Any] = {}
+    for name, what in counts.items():
+        owner, _, leaf = name.rpartition(".")
+        (own if owner else found)[leaf] = counted[what]
+    return {**found, "config": LayerConfig(shared, own)} if own else found

@@ -12,7 +12,7 @@ from torch import nn
 from lit_prune.decoder.constant import ConstantOutput, is_constant
 from lit_prune.decoder.experts import Experts, Routed
 from lit_prune.decoder.families import family_of
-from lit_prune.decoder.layer_config import LayerConfig
+from lit_prune.decoder.layer_config import numbers_for
 from lit_prune.decoder.projections import Projection, rows_by_role
 from lit_prune.decoder.spec import KINDS
 
@@ -114,17 +114,11 @@ class DecoderParts:
 
     def head_counts(self, layer: int, groups: int) -> dict[str, object]:
         """Return what an attention's code reads, if it has ``groups`` KV groups, by attribute."""
-        head_dim, queries_per_group = self.head_shape(layer)
-        heads = groups * queries_per_group
-        counted = {"queries": heads, "groups": groups, "width": heads * head_dim}
-        found: dict[str, object] = {}
-        own: dict[str, object] = {}
-        for name, what in self.family.head_counts.items():
-            owner, _, leaf = name.rpartition(".")
-            (own if owner else found)[leaf] = counted[what]
-        if own:
-            found["config"] = LayerConfig(self.model.config, own)
-        return found
+        head_dim, queries = self.head_shape(layer)
+        return numbers_for(
+            self.family.head_counts, self.model.config,
+            head_dim=head_dim, groups=groups, queries=queries,
+        )  # fmt: skip
 
     def constant(self, layer: int, kind: SubBlockKind, bias: nn.Parameter | None) -> ConstantOutput:
         """Return what can stand in for a sub-block: a bias, or nothing."""
@@ -201,7 +195,7 @@ class DecoderParts:
     def input_modules(self, layer: int, kind: SubBlockKind) -> tuple[Projection, ...]:
         """Return the same, each module once: of a fused one, what a unit owns in all its roles."""
         return tuple(
-            self._projection(layer, path, found[0] if len(found) == 1 else torch.cat(found, 1))
+            self._projection(layer, path, torch.cat(found, 1))
             for path, found in self._rows(layer, kind).items()
         )
 

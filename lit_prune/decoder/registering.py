@@ -53,11 +53,7 @@ def register_family(family: Family) -> None:
 def _check_entry(family: Family) -> None:
     """Refuse an entry that contradicts itself."""
     name = family.model_type
-    if None in (
-        family.attention_norm or family.attention_post_norm,
-        family.mlp_norm or family.mlp_post_norm,
-        family.attention_post_norm or family.mlp_norm,
-    ):
+    if not family.separates:
         raise ConfigError(
             f"family {name!r} names no norm before or after a sub-block: the stream behind the "
             "attention is found by one."

@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from lit_prune.errors import ArtifactError, PlanMismatchError
+from lit_prune.errors import PlanMismatchError
 from lit_prune.views.page.answers import answers
 from lit_prune.views.page.closing import (
     before_and_after,
@@ -25,7 +25,7 @@ from lit_prune.views.page.outline import Outline
 from lit_prune.views.page.prices import prices
 from lit_prune.views.page.times import times_of
 from lit_prune.views.page.trade_off import trade_off_of
-from lit_prune.whole_file import whole_file
+from lit_prune.whole_file import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,9 +125,4 @@ def write_html(
         PlanMismatchError: If the report is about another plan.
         ArtifactError: If the file cannot be written; one that was there before is whole.
     """
-    page = page_of(report, plan, name=name, sweep=sweep, load=load)
-    try:
-        with whole_file(path) as beside:
-            beside.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"{path} could not be written: {error}.") from error
+    write_text(path, page_of(report, plan, name=name, sweep=sweep, load=load))

@@ -24,14 +24,6 @@ NOT_SHOWN = {
 }
 
 
-@pytest.fixture
-def registry():
-    before = dict(FAMILIES)
-    yield FAMILIES
-    FAMILIES.clear()
-    FAMILIES.update(before)
-
-
 def quietly(model):
     return infer_family(model, tell=lambda text: None)
 

@@ -18,7 +18,6 @@ from lit_prune.decoder import (
     remainder,
     spec_for,
 )
-from lit_prune.decoder.families import FAMILIES
 from lit_prune.errors import SurgeryError
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.pruner import prune
@@ -165,9 +164,7 @@ class TwoNorms(nn.Module):
 
 
 @pytest.fixture
-def two_norms():
-    before = dict(FAMILIES)
-
+def two_norms(registry):
     def make(**entry):
         model = tiny_model("llama", layers=3)
         model.config.model_type = "two_norms"
@@ -175,9 +172,7 @@ def two_norms():
         register_family(Family(model_type="two_norms", **entry))
         return model
 
-    yield make
-    FAMILIES.clear()
-    FAMILIES.update(before)
+    return make
 
 
 def test_two_norms_that_read_one_stream_pass_the_contract(two_norms):

@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_prune.decoder.constant import ConstantOutput
 from lit_prune.decoder.infer.trial import same
-from lit_prune.decoder.layer_config import LayerConfig
+from lit_prune.decoder.layer_config import numbers_for
 from lit_prune.decoder.projections import Projection, kept_lines, rows_by_role
 
 if TYPE_CHECKING:
@@ -56,10 +56,17 @@ def same_when_cut(
     columns = torch.arange(units * shared * width).reshape(units, -1)[kept].flatten()
     layer = copy.deepcopy(trial.layer)
     for path, found in rows_by_role(family, kind, units, width, shared).items():
-        lines = found[0] if len(found) == 1 else torch.cat(found, 1)
-        _cut(layer.get_submodule(path), kept_lines(lines, kept), family.transposed, rows=True)
+        lines = kept_lines(torch.cat(found, 1), kept)
+        _cut(layer.get_submodule(path), lines, family.transposed, rows=True)
     _cut(layer.get_submodule(family.output(kind)), columns, family.transposed, rows=False)
-    _say(layer, family, counts or {}, (width, len(kept), shared))
+    if counts:
+        attention: Any = layer.get_submodule(family.attention)
+        left = numbers_for(
+            counts, getattr(attention, "config", None),
+            head_dim=width, groups=len(kept), queries=shared,
+        )  # fmt: skip
+        for name, value in left.items():
+            setattr(attention, name, value)
     try:
         after = trial.run(layer=layer)[family.output(kind)].entered
     except (RuntimeError, ValueError, TypeError, IndexError):  # its shapes do not fit: an answer
@@ -95,25 +102,6 @@ def refuse_standing_in(trial: Trial, stream: StreamFound) -> None:
         written = calls[other.post_norm or other.output].output.reshape(trial.hidden.shape)
         if not same(calls[""].output, trial.hidden + stream.scale * written):
             raise trial.refusal(f"adds more than {other.path} writes where {found.path} is gone")
-
-
-def _say(
-    layer: nn.Module, family: Family, counts: Mapping[str, HeadCount], sizes: tuple[int, int, int]
-) -> None:
-    if not counts:
-        return
-    head_dim, groups, queries = sizes
-    values = {"queries": groups * queries, "groups": groups, "width": groups * queries * head_dim}
-    attention: Any = layer.get_submodule(family.attention)
-    own: dict[str, Any] = {}
-    for name, what in counts.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner:
-            own[leaf] = values[what]
-        else:
-            setattr(attention, leaf, values[what])
-    if own:
-        attention.config = LayerConfig(attention.config, own)
 
 
 def _cut(module: Any, lines: torch.Tensor, transposed: bool, *, rows: bool) -> None:  # noqa: ANN401

@@ -117,40 +117,33 @@ def _of_layer(trial: Trial) -> tuple[Family, float, int]:
     """Return an entry whose fields about a layer hold, its residual factor, and its KV groups."""
     stream = find_stream(trial)
     attention, mlp = stream.attention, stream.mlp
-    if None in (
-        attention.norm or attention.post_norm,
-        mlp.norm or mlp.post_norm,
-        attention.post_norm or mlp.norm,
-    ):
-        raise trial.refusal(
-            f"has no norm that tells where {attention.path} ends and {mlp.path} begins: one behind "
-            "the attention or in front of the MLP, and one at each of them"
-        )
     refuse_standing_in(trial, stream)
     channels = find_channels(trial, mlp)
     heads, *sizes = find_heads(trial, attention)
     if heads.transposed != channels.transposed:
         raise trial.refusal("stores the projections of attention and MLP in two ways")
     counted = find_counts(trial, heads, (sizes[0], sizes[1], sizes[2]))
-    return (
-        replace(
-            counted,
-            mlp=channels.mlp,
-            mlp_chain=channels.mlp_chain,
-            gate=channels.gate,
-            up=channels.up,
-            mlp_output=channels.mlp_output,
-            refuses={**counted.refuses, **channels.refuses},
-            attention_norm=attention.norm,
-            attention_post_norm=attention.post_norm,
-            mlp_norm=mlp.norm,
-            mlp_post_norm=mlp.post_norm,
-            parallel=stream.parallel,
-            adds_residual=attention.adds_residual,
-        ),
-        stream.scale,
-        sizes[1],
+    entry = replace(
+        counted,
+        mlp=channels.mlp,
+        mlp_chain=channels.mlp_chain,
+        gate=channels.gate,
+        up=channels.up,
+        mlp_output=channels.mlp_output,
+        refuses={**counted.refuses, **channels.refuses},
+        attention_norm=attention.norm,
+        attention_post_norm=attention.post_norm,
+        mlp_norm=mlp.norm,
+        mlp_post_norm=mlp.post_norm,
+        parallel=stream.parallel,
+        adds_residual=attention.adds_residual,
     )
+    if not entry.separates:
+        raise trial.refusal(
+            f"has no norm that tells where {attention.path} ends and {mlp.path} begins: one behind "
+            "the attention or in front of the MLP, and one at each of them"
+        )
+    return entry, stream.scale, sizes[1]
 
 
 def _differences(one: Family, other: Family) -> list[str]:
