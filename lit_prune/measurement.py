@@ -15,22 +15,22 @@ from lit_prune.metrics import (
     LatencyResult,
     PerplexityResult,
     Quality,
-    compare,
     footprint_of,
     gain_words,
     gains,
     measure_latency,
     quality_of,
 )
-from lit_prune.report import INSIDE_SPREAD, ReportRow
+from lit_prune.report import DOUBTFUL, INSIDE_SPREAD, ReportRow
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import RowSet
     from lit_prune.config import PruningConfig
+    from lit_prune.metrics import Gain
     from lit_prune.report import Unit
 
 
@@ -129,16 +129,15 @@ def report_rows(before: Measurement, after: Measurement | None) -> tuple[ReportR
     quality = _CLASSIFICATION if classifies else _PERPLEXITY
     if before.quality is not None:
         rows += _rows(quality, before.quality, after and after.quality)
+    found: Sequence[Gain] = ()
+    if after is not None:
+        found = gains(before.latencies, after.latencies, before.footprint, after.footprint)
     for number, one in enumerate(before.latencies):
-        other: LatencyResult | None = None
+        other = None if after is None else after.latencies[number]
         notes: dict[str, str] = {}
-        if after is not None:
-            other = after.latencies[number]
-            comparison = compare(one, other)
-            for phase in comparison.phases:
-                if not phase.measurable:
-                    keys = (key for key, _, _ in _LATENCY if key.startswith(phase.phase))
-                    notes |= dict.fromkeys(keys, INSIDE_SPREAD)
+        for phase, note in _doubts(found[number]) if found else ():
+            keys = (key for key, _, _ in _LATENCY if key.startswith(phase))
+            notes |= dict.fromkeys(keys, note)
         measured = [row for row in _LATENCY if one.new_tokens or row[0].startswith("prefill")]
         if not number:
             rows += _rows(measured, one, other, notes)
@@ -152,6 +151,16 @@ def report_rows(before: Measurement, after: Measurement | None) -> tuple[ReportR
                 for row in _rows(measured[len(measured) // 2 :], one, other, notes)
             ]
     return tuple(rows)
+
+
+def _doubts(gain: Gain) -> Iterator[tuple[str, str]]:
+    """Yield the phases whose difference is not to be counted on, and what a row says of it."""
+    reasons = {"prefill": gain.prefill_reason, "decode": gain.decode_reason}
+    for phase in gain.comparison.phases:
+        if not phase.measurable:
+            yield phase.phase, INSIDE_SPREAD
+        elif phase.claim and reasons[phase.phase]:
+            yield phase.phase, DOUBTFUL
 
 
 def _rows(

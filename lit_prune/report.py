@@ -14,6 +14,7 @@ Unit = Literal["count", "bytes", "seconds", "tokens_per_second", "nats", "perple
 Verdict = Literal["better", "worse", "same", "unknown"]
 # What is noted on a time that noise explains.
 INSIDE_SPREAD = "inside the spread"
+DOUBTFUL = "doubtful"
 _SAME = 0.005
 # Of these more is better.
 _MORE: tuple[Unit, ...] = ("tokens_per_second", "accuracy")
@@ -158,7 +159,11 @@ class PruningReport:
         ]
         times = [row for row in known if row.unit == "tokens_per_second"]
         for verdict, words in (("better", "faster"), ("worse", "slower")):
-            found = [f"{row.label} {row.ratio:.2f}x" for row in times if row.verdict == verdict]
+            found = [
+                f"{row.label} {row.ratio:.2f}x{' (doubtful)' if row.note == DOUBTFUL else ''}"
+                for row in times
+                if row.verdict == verdict
+            ]
             said += [f"{words}: {', '.join(found)}"] if found else []
         same = [row.label for row in times if row.verdict == "same"]
         if same:

@@ -153,8 +153,9 @@ def main() -> None:
     trainer.fit(module, training_batches, validation_batches)
 
     console.rule(f"2. prune {options.ratio:.0%} of the decoder parameters: done when the fit ended")
-    console.print(pruner.report_.headline(), before_after(pruner.report_))
-    for note in pruner.report_.notes():
+    report = pruner.report_
+    console.print(report.headline(), report.in_short(), before_after(report), sep="\n")
+    for note in report.notes():
         console.print(indented("•", note), style="dim", highlight=False)
     console.print("Perplexity on the test text, which neither training nor pruning has seen:")
     fine_tuned, pruned = (perplexity(x, test_batches) for x in (dense.model, model))

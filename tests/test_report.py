@@ -70,6 +70,8 @@ def test_in_short_says_what_it_cost_and_whether_it_is_faster():
     assert make_report(rows=(noisy,)).in_short() == "no measurable difference in speed"
     words = "faster: prefill 1.50x; no measurable difference in decode"
     assert make_report(rows=(speed("prefill", 100, 150), noisy)).in_short() == words
+    doubted = speed("prefill", 100, 400, "doubtful")
+    assert make_report(rows=(doubted,)).in_short() == "faster: prefill 4.00x (doubtful)"
     assert make_report().in_short() == ""  # infinite, and not measured
 
 

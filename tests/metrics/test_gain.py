@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lit_prune.errors import ConfigError
+from lit_prune.measurement import Measurement, report_rows
 from lit_prune.metrics import FootprintResult, footprint_of, gain_words, gains
 from tests.measured import latency
 from tests.models import tiny_model
@@ -68,6 +69,24 @@ def test_more_than_was_removed_is_doubted():
     assert "more than the 1.42x that fewer operations can save" in found.prefill_reason
     # 2,000 -> 1,400 operations: more than the bytes, and still too little for 2.5x
     assert "more than the 1.43x that fewer weights" in found.decode_reason
+
+
+def test_a_row_says_what_is_doubted_or_lies_inside_the_spread():
+    before = latency()
+    faster = {"prefill_seconds": 0.4, "decode_seconds_per_token": 0.085}
+    rows = report_rows(
+        Measurement(DENSE, None, (before,)),
+        Measurement(PRUNED, None, (replace(before, **faster),)),
+    )
+    notes = {row.key: row.note for row in rows if row.unit in ("seconds", "tokens_per_second")}
+    assert notes == {
+        "prefill_seconds": "doubtful",  # more than was removed
+        "prefill_tokens_per_second": "doubtful",
+        "decode_seconds_per_token": "",
+        "decode_tokens_per_second": "",
+    }
+    same = report_rows(Measurement(DENSE, None, (before,)), Measurement(PRUNED, None, (before,)))
+    assert {row.note for row in same if row.key in notes} == {"inside the spread"}
 
 
 def test_where_nothing_was_removed_nothing_is_explained_away():
