@@ -9,12 +9,13 @@ from typing_extensions import override
 
 from lit_prune import running
 from lit_prune.checkpoints import remember_plan
-from lit_prune.config import PruningConfig, refuse_unknown
+from lit_prune.checks import refuse_unknown
+from lit_prune.config import PruningConfig
 from lit_prune.decoder import find_causal_lm
 from lit_prune.errors import CalibrationError, ConfigError
 from lit_prune.methods import preset
 from lit_prune.plan import PruningPlan
-from lit_prune.pruner import refuse_non_finite_weights
+from lit_prune.pruner import DryRun, refuse_non_finite_weights
 from lit_prune.ranks import ALONE, Ranks
 from lit_prune.saving import save_pruned
 from lit_prune.views import log_request
@@ -53,7 +54,7 @@ class EntropyPruningCallback(Callback):
             observes); ``validate`` prunes after ``trainer.validate``; ``epoch_end`` prunes in
             stages, after the first epochs of a fit, while the training goes on: each at the start
             of the epoch that follows, so that checkpoints hold what was validated, or at the end.
-        dry_run: Plan and report, but leave the model as it is.
+        dry_run: Leave the model as it is: True plans and reports, ``"measured"`` tells the cost.
         weights: Which weights of a fit to prune: the ``last``, or the ``best`` by the first
             ModelCheckpoint that has a monitor, with the optimizer states of its file.
         val_dataloader_idx: Which validation loader to observe where there are several; None
@@ -93,13 +94,13 @@ class EntropyPruningCallback(Callback):
         *,
         pruning_ratio: float | list[float] | None = None,
         when: running.When = "fit_end",
-        dry_run: bool = False,
+        dry_run: DryRun = False,
         weights: running.Weights = "last",
         val_dataloader_idx: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        refuse_unknown(options)
+        refuse_unknown(options, PruningConfig)
         self._schedule = running.Schedule.of(pruning_ratio, when, dry_run=dry_run)
         config = PruningConfig(pruning_ratio=self._schedule.ratios[-1], **options)
         self.config = preset(config.preset).resolve(config)
@@ -285,7 +286,7 @@ class EntropyPruningCallback(Callback):
         self.calibration_ = done.calibration or self.calibration_
         self.plan_, self.report_ = stage.finish(model, done.plan, done.report, ended=ended)
         self.reports_.append(self.report_)
-        if sharded:
+        if sharded and not dry:
             self._copy = done.model
         elif not dry:
             self._model, self._seen = model, None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from lit_prune.errors import ConfigError
+from lit_prune.errors import ConfigError, did_you_mean
 
 
 def check_choice(name: str, value: object, hint: object) -> None:
@@ -75,3 +76,15 @@ def _choices(hint: object) -> list[Any]:
     if get_origin(literal) is not Literal or (literal is not hint and not optional):
         return []
     return [*get_args(literal), None] if optional else [*get_args(literal)]
+
+
+def refuse_unknown(options: Mapping[str, object], of: type[Any]) -> None:
+    """Refuse keywords that are no field of a data class.
+
+    Raises:
+        ConfigError: Names the first unknown key and the nearest known one.
+    """
+    known = {field.name for field in fields(of)}
+    if unknown := sorted(set(options) - known):
+        hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
+        raise ConfigError(f"unknown option {unknown[0]!r}{hint}")

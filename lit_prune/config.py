@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_type_hints
 
 from lit_prune.amounts import TARGETS, the_target
-from lit_prune.checks import check_choice, check_integer, check_integers, check_number
+from lit_prune.checks import (
+    check_choice,
+    check_integer,
+    check_integers,
+    check_number,
+    refuse_unknown,
+)
 from lit_prune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -252,6 +258,11 @@ class PruningConfig:
             raise ConfigError(
                 f"ratio_tolerance must be at most {RATIO_TOLERANCE}, got {self.ratio_tolerance!r}."
             )
+        if self.max_calibration_tokens < self.min_calibration_tokens:
+            raise ConfigError(
+                f"max_calibration_tokens {self.max_calibration_tokens} is below "
+                f"min_calibration_tokens {self.min_calibration_tokens}: no text would be enough."
+            )
         if self.clustering == "mean_threshold" and self.num_clusters is not None:
             raise ConfigError(
                 f"num_clusters {self.num_clusters} has no meaning under clustering "
@@ -334,17 +345,5 @@ class PruningConfig:
             Traceback (most recent call last):
             lit_prune.errors.ConfigError: unknown option 'presett'; did you mean 'preset'?
         """
-        refuse_unknown(options)
+        refuse_unknown(options, cls)
         return cls(**options)
-
-
-def refuse_unknown(options: Mapping[str, Any]) -> None:
-    """Refuse keywords that are no field of `PruningConfig`.
-
-    Raises:
-        ConfigError: Names the first unknown key and the nearest known one.
-    """
-    known = {field.name for field in fields(PruningConfig)}
-    if unknown := sorted(set(options) - known):
-        hint = did_you_mean(unknown[0], known) or f". Known: {sorted(known)}."
-        raise ConfigError(f"unknown option {unknown[0]!r}{hint}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import Calibration, collect_rows
+from lit_prune.checks import check_choice
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import text_view, whole_of
 from lit_prune.errors import CalibrationError, UnsupportedModelError
@@ -21,7 +22,7 @@ from lit_prune.ranks import ALONE
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
 from lit_prune.sequential import compensated
-from lit_prune.surgery import Compensation, applied, weights_digest
+from lit_prune.surgery import Compensation, applied, tried, weights_digest
 from lit_prune.target_words import target_facts, with_target
 from lit_prune.targets import Aim, resolve
 from lit_prune.versions import versions_of
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     Carry = Callable[[tuple[Replaced, ...]], AbstractContextManager[Sequence[str]]]
 
+# True stops before the surgery; ``measured`` cuts and measures, then takes it back.
+DryRun = Literal[False, True, "measured"]
 # Below this many calibration tokens an entropy ranking is mostly noise: said in the report, not
 # refused.
 _FEW_TOKENS = 8192
@@ -78,7 +81,7 @@ def prune(
     model: PreTrainedModel,
     dataloader: Iterable[Any] | None = None,
     *,
-    dry_run: bool = False,
+    dry_run: DryRun = False,
     calibration: Calibration | None = None,
     progress: bool = True,
     **options: Any,
@@ -93,7 +96,8 @@ def prune(
             ``attention_mask``; ``labels`` of -100 leave tokens out of the perplexity, and those of
             a classifier are its classes. Rows are split by content into a side to calibrate on, one
             to choose on and one to score on.
-        dry_run: Stop before surgery and report what would happen.
+        dry_run: True stops before surgery and reports what would go. ``"measured"`` also says what
+            it would cost: the model is cut, measured, and put back as it was.
         calibration: A saved calibration of this model in place of ``dataloader``: planning costs no
             forward pass then (measuring does).
         progress: Show progress bars (only on a terminal).
@@ -124,6 +128,7 @@ def prune(
         >>> abs(result.report.achieved_ratio - 0.3) <= 0.005
         True
     """
+    check_choice("dry_run", dry_run, DryRun)
     config = PruningConfig.from_options(options)
     config = preset(config.preset).resolve(config)
     model = text_view(model)
@@ -144,7 +149,7 @@ def carry_out(
     calibration: Calibration,
     config: PruningConfig,
     *,
-    dry_run: bool = False,
+    dry_run: DryRun = False,
     warnings: Sequence[str] = (),
     keep: Callable[[Planned], None] | None = None,
     carry: Carry | None = None,
@@ -157,7 +162,7 @@ def carry_out(
         model: The model, in its final, dense state; pruned in place.
         calibration: What was measured on it.
         config: The request, resolved by its preset.
-        dry_run: Stop before surgery.
+        dry_run: True stops before surgery, ``measured`` takes it back once the model is measured.
         warnings: What the report shall say besides.
         keep: Called with what was decided, before anything is cut; on rank 0. If it raises, nothing
             is.
@@ -178,7 +183,7 @@ def carry_out(
     def decide() -> tuple[Planned, Measurement]:
         planned = aim.noted(make_plan(model, calibration, config))
         before = measure(model, calibration.rows, config)
-        if not dry_run:
+        if dry_run is not True:
             planned = compensated(model, planned, calibration, config, progress=progress)
         if keep is not None:
             keep(planned)
@@ -187,22 +192,23 @@ def carry_out(
     def report(after: Measurement | None) -> PruningReport:
         assert decided is not None  # noqa: S101 - only rank 0 is asked
         planned, before = decided
-        return make_report(planned, calibration, config, before, after, said)
+        return make_report(planned, calibration, config, before, after, said, dry_run=bool(dry_run))
 
     said = [*warnings, *([_TEXT_PART] if whole_of(model) is not model else ())]
     decided = ranks.on_first(decide)
     planned = same_plan(decided and decided[0], model, calibration, config, ranks)
     words = (PruningReport.to_json, PruningReport.from_json)
-    if dry_run:
+    if dry_run is True:
         return planned, ranks.decide(lambda: report(None), *words)
+    cut = tried if dry_run else applied
     with ExitStack() as undo:  # taken back if anything fails, on any rank
         with ranks.together():
-            replaced = undo.enter_context(applied(model, planned.plan, planned.compensation))
-            said += undo.enter_context(carry(replaced)) if carry else ()
+            replaced = undo.enter_context(cut(model, planned.plan, planned.compensation))
+            said += undo.enter_context(carry(replaced)) if carry and not dry_run else ()
         if ranks.size > 1:
             ranks.same(weights_digest(model), "the pruned models differ", "Please report this.")
         found = ranks.decide(lambda: report(measure(model, calibration.rows, config)), *words)
-    for part in {model, whole_of(model)}:
+    for part in {model, whole_of(model)} if not dry_run else ():
         part.pruning_record = PruningRecord(planned.plan, found)  # type: ignore[assignment]
     return planned, found
 
@@ -214,6 +220,8 @@ def make_report(
     before: Measurement,
     after: Measurement | None,
     warnings: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
 ) -> PruningReport:
     """Put what was asked, achieved and measured into one value."""
     dense, budget = before.footprint, planned.plan.provenance["budget"]
@@ -263,7 +271,7 @@ def make_report(
         total_ratio=removed / dense.total_parameters,
         preset=config.preset,
         plan_digest=planned.plan.digest,
-        dry_run=after is None,
+        dry_run=dry_run,
         rows=rows,
         budget=config.budget,
         target=target,

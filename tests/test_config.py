@@ -64,6 +64,7 @@ BAD = [
         {"clustering": "mean_threshold", "num_clusters": 3},
         "num_clusters 3 has no meaning under clustering 'mean_threshold'",
     ),
+    ({"max_calibration_tokens": 99}, "max_calibration_tokens 99 is below min_calibration_tokens 1"),
     ({"num_clusters": 1}, "num_clusters must be an integer of at least 2"),
     ({"node_limit": True}, "node_limit must be an integer"),
     ({"node_limit": None}, "node_limit must be an integer"),

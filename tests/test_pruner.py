@@ -184,6 +184,32 @@ def test_dry_run_reports_what_would_happen():
     assert twin.pruning_record.report == done.report
 
 
+@pytest.mark.parametrize("preset", ["conditional", "paper"])
+def test_a_measured_dry_run_tells_the_cost_and_changes_nothing(preset):
+    model, twin = tiny_model(layers=4), tiny_model(layers=4)
+    parameters = list(model.parameters())
+    with unchanged(model):
+        tried = run(model, dry_run="measured", preset=preset)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert not hasattr(model, "pruning_record")
+    done = run(twin, preset=preset)
+    assert (tried.report.dry_run, done.report.dry_run) == (True, False)
+    assert "would remove" in tried.report.headline()
+    # peak memory depends on what the allocator holds
+    numbers = {row.key: row.after for row in tried.report.rows if row.key != "peak_forward_bytes"}
+    assert numbers == {row.key: row.after for row in done.report.rows if row.key in numbers}
+    assert None not in numbers.values()
+    # what was tried can be had
+    apply_plan(model, tried.plan, tried.compensation)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dry_run_is_true_false_or_measured():
+    with pytest.raises(ConfigError, match=r"dry_run must be one of .*'measured'.*got 'mesured'"):
+        run(tiny_model(), dry_run="mesured")
+
+
 # ---- law 5 ----
 
 

@@ -3,11 +3,12 @@
   lit-prune apply --model my-model --plan plan --to pruned
 
 For who shares plans and not weights: a plan is kilobytes, and makes the same pruned model, bit for
-bit, of the same base model in the same dtype.
+bit, of the same base model in the same dtype. What `lit-prune plan` measured goes with it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,11 @@ from lit_prune.errors import ArtifactError
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from lit_prune.plan import PruningPlan
+    from lit_prune.report import PruningReport
+
 name, usage = "apply", "--model MODEL --plan PLAN --to DIRECTORY"
+_WHEN_PLANNED = "all of it was measured when the plan was made, by cutting and putting back"
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -51,12 +56,13 @@ def run(options: Namespace) -> None:
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file. `lit-prune plan` writes one.")
     plan = PruningPlan.load(file)
+    report = _report_beside(file, plan)
     beside = file.with_name("compensation.safetensors")
     compensation = Compensation.load(beside) if beside.is_file() else None
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     say("cutting")
     model = apply_plan(loaded.model, plan, compensation)
-    model.pruning_record = PruningRecord(plan)  # type: ignore[assignment] # a plain attribute
+    model.pruning_record = PruningRecord(plan, report)  # type: ignore[assignment] # a plain attribute
     say(f"saving to {target}")
     save_pruned(
         model,
@@ -70,3 +76,16 @@ def run(options: Namespace) -> None:
     achieved = plan.provenance.get("achieved_ratio")
     cut = "" if achieved is None else f", {achieved:.2%} of the decoder removed"
     print(f"saved: {target} (plan {plan.digest[:12]}{cut})")
+
+
+def _report_beside(file: Path, plan: PruningPlan) -> PruningReport | None:
+    """Return what `lit-prune plan` measured with this plan, where it did: now it is so."""
+    from lit_prune.report import PruningReport
+
+    beside = file.with_name("report.json")
+    if not beside.is_file():
+        return None
+    report = PruningReport.from_json(beside.read_text(encoding="utf-8"))
+    if report.plan_digest != plan.digest or all(row.after is None for row in report.rows):
+        return None
+    return replace(report, dry_run=False, warnings=(*report.warnings, _WHEN_PLANNED))

@@ -34,12 +34,14 @@ _USUAL = ["conditional", "paper", "flap", "wanda", "llm_pruner", "shortgpt", "ra
 
 def add_options(parser: ArgumentParser) -> None:
     """Add what the command reads."""
-    from lit_prune.methods import PRESETS  # names are all that is wanted, but torch comes with them
-
     add_model(parser)
     add_text(parser, "to calibrate on, and to score")
     parser.add_argument(
-        "--presets", type=str, nargs="+", default=_USUAL, help=f"of {', '.join(PRESETS)}"
+        "--presets",
+        type=str,
+        nargs="+",
+        default=_USUAL,
+        help="which; an unknown name is answered with all that there are",
     )
     parser.add_argument("--pruning_ratio", type=float, default=0.3, help="of decoder parameters")
     parser.add_argument("--max_calibration_tokens", type=int, default=65_536, help="at most")

@@ -3,9 +3,9 @@
   lit-prune plan --model my-model --text my-text.txt --to plan --pruning_ratio 0.3
   lit-prune apply --model my-model --plan plan --to pruned
 
-Writes plan.json (what stays), compensation.safetensors (what stands in for the rest), report.json
-and calibration.safetensors (what was measured: hand it to sweep or another plan with
---calibration).
+The model is cut, measured and put back. Writes plan.json (what stays), compensation.safetensors
+(what stands in for the rest), report.html and report.json (what it would cost) and
+calibration.safetensors (what was measured: hand it to sweep or another plan with --calibration).
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 name, usage = "plan", "--model MODEL --text TEXT --to DIRECTORY --pruning_ratio RATIO"
-FILES = ("plan.json", "compensation.safetensors", "report.json", "calibration.safetensors")
+FILES = (
+    "plan.json",
+    "compensation.safetensors",
+    "report.json",
+    "report.html",
+    "calibration.safetensors",
+)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -45,7 +51,7 @@ def run(options: Namespace) -> None:
     from lit_prune.methods import preset
     from lit_prune.pruner import carry_out
     from lit_prune.saving import refuse_target, staged
-    from lit_prune.sequential import compensated
+    from lit_prune.views.html import page_of
 
     quiet_down()
     config = PruningConfig.from_options(request_of(options))
@@ -55,12 +61,12 @@ def run(options: Namespace) -> None:
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     refuse_impossible(loaded.model, config)
     calibration = calibration_of(options, loaded, config)
-    planned, report = carry_out(loaded.model, calibration, config, dry_run=True)
-    decided = PruningConfig.from_options(planned.plan.provenance["config"])
-    planned = compensated(loaded.model, planned, calibration, decided, progress=True)
+    planned, report = carry_out(loaded.model, calibration, config, dry_run="measured")
     with staged(target, overwrite=options.overwrite, num_bytes=0, known=FILES) as folder:
         (folder / "plan.json").write_text(planned.plan.to_json(), encoding="utf-8")
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        page = page_of(report, planned.plan, name=Path(options.model).name)
+        (folder / "report.html").write_text(page, encoding="utf-8")
         calibration.save(folder / "calibration.safetensors")
         if planned.compensation is not None:
             planned.compensation.save(folder / "compensation.safetensors")

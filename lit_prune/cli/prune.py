@@ -18,10 +18,15 @@ from lit_prune.cli.console import quiet_down, say
 from lit_prune.cli.options import add_model, add_request, add_saved, add_text, request_of
 from lit_prune.cli.swept import add_sweep, points_of
 from lit_prune.config import PruningConfig
+from lit_prune.errors import ConfigError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
+    from lit_prune.methods import Method
+
+# Allocators that leave every layer as wide as the next.
+_ALIKE = ("uniform", "uniform_widths")
 name, usage = "prune", "--model MODEL --text TEXT --to DIRECTORY --pruning_ratio RATIO"
 
 
@@ -44,7 +49,9 @@ def run(options: Namespace) -> None:
     quiet_down()
     request = request_of(options)
     config = PruningConfig.from_options(request)
-    preset(config.preset).resolve(config)
+    config = (method := preset(config.preset)).resolve(config)
+    if options.format == "stock":
+        _refuse_unequal(config, method)
     target, points = Path(options.to), points_of(options.sweep)
     refuse_format(options.format)
     refuse_target(target, overwrite=options.overwrite)
@@ -63,3 +70,19 @@ def run(options: Namespace) -> None:
     )
     print(result.report)
     print(f"\nsaved: {target}\nload it: lit_prune.load_pruned({str(target)!r})")
+
+
+def _refuse_unequal(config: PruningConfig, method: Method) -> None:
+    """Refuse to search for layers of different widths that the format could not hold in the end."""
+    if (
+        config.allocator in _ALIKE
+        or config.granularities == ("block",)
+        or config.pruning_ratio == 0
+    ):
+        return
+    also = [name for name in method.allocators if name in _ALIKE]
+    remedy = f"add --allocator {also[0]}" if also else "choose another preset"
+    raise ConfigError(
+        f"format 'stock' has one width for all layers, and allocator {config.allocator!r} gives "
+        f"each its own: {remedy}, or take format 'padded', 'heterogeneous' or 'gguf'."
+    )

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.decoder import whole_of
 from lit_prune.plan import PruningPlan
-from lit_prune.pruner import carry_out
+from lit_prune.pruner import DryRun, carry_out
 from lit_prune.ranks import ALONE
 from lit_prune.report import PruningReport
 from lit_prune.running.checkpoint_files import chosen_weights
@@ -66,7 +66,7 @@ def prune_within(
     artifacts: Artifacts,
     *,
     weights: Weights | None,
-    dry_run: bool,
+    dry_run: DryRun,
     ranks: Ranks = ALONE,
     said: Sequence[str] = (),
 ) -> Pruned | None:
@@ -80,7 +80,7 @@ def prune_within(
         config: The resolved request.
         artifacts: Where its files go.
         weights: Which weights to prune, where a fit has ended.
-        dry_run: Leave everything as it is.
+        dry_run: Leave everything as it is; ``measured``: but tell what it would cost.
         ranks: All must call this.
         said: What the report shall say besides.
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_prune.allocation import refuse_impossible
+from lit_prune.checks import check_choice
 from lit_prune.config import RATIO_TOLERANCE, PruningConfig
 from lit_prune.decoder import spec_for, whole_of
 from lit_prune.errors import ConfigError, UnsupportedModelError
+from lit_prune.pruner import DryRun
 from lit_prune.record import PruningRecord
 from lit_prune.running.loops import is_a, is_rehearsal
 
@@ -45,7 +47,7 @@ class Schedule:
 
     @classmethod
     def of(
-        cls, pruning_ratio: float | Sequence[float] | None, when: When, *, dry_run: bool
+        cls, pruning_ratio: float | Sequence[float] | None, when: When, *, dry_run: DryRun
     ) -> Self:
         """Read what was asked for.
 
@@ -54,6 +56,7 @@ class Schedule:
         """
         if when not in ("fit_end", "validate", "epoch_end"):
             raise ConfigError(f"when must be 'fit_end', 'validate' or 'epoch_end', got {when!r}.")
+        check_choice("dry_run", dry_run, DryRun)
         several = isinstance(pruning_ratio, list | tuple)
         if several != (when == "epoch_end"):
             raise ConfigError(

@@ -1,6 +1,6 @@
 """The only place that changes a model."""
 
-from lit_prune.surgery.apply import applied, apply_plan, stage
+from lit_prune.surgery.apply import applied, apply_plan, stage, tried
 from lit_prune.surgery.compensation import (
     Compensation,
     mean_compensation,
@@ -29,6 +29,7 @@ __all__ = [
     "mean_compensation",
     "stage",
     "take_structure",
+    "tried",
     "unit_columns",
     "weights_digest",
 ]

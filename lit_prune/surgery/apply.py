@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +132,24 @@ def applied(
     except BaseException:
         edits.rollback()
         raise
+
+
+class _TakenBack(Exception):  # noqa: N818 - nothing is wrong
+    """Ends a trial."""
+
+
+@contextmanager
+def tried(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    compensation: Compensation | None = None,
+    *,
+    verify: bool = True,
+) -> Iterator[tuple[Replaced, ...]]:
+    """Apply a plan as `applied` does, and take it back in any case: the dense weights stay."""
+    with suppress(_TakenBack), applied(model, plan, compensation, verify=verify) as replaced:
+        yield replaced
+        raise _TakenBack
 
 
 def stage(

@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from lit_prune import load_pruned
+from lit_prune.report import PruningReport
 from lit_prune.views.page.figures import percent
 from tests.cli.conftest import QUICK, UNVERIFIED
 from tests.state import recount
@@ -43,6 +44,10 @@ def test_a_plan_is_applied_to_the_model_that_was_pruned_at_once(
     run = lit_prune("plan", *given, "--to", folder / "plan", "--pruning_ratio", "0.3")
     assert (run.status, run.err) == (0, "")
     assert "would remove 30" in run.out
+    planned = PruningReport.from_json((folder / "plan" / "report.json").read_text())
+    assert planned.dry_run
+    assert planned.row("perplexity").after > 0
+    assert "What would it cost?" in (folder / "plan" / "report.html").read_text()
     run = lit_prune(
         "apply", "--model", model_directory, "--plan", folder / "plan", "--to", folder / "applied",
         *UNVERIFIED,
@@ -50,6 +55,10 @@ def test_a_plan_is_applied_to_the_model_that_was_pruned_at_once(
     assert (run.status, run.err) == (0, "")
     applied, pruned = load_pruned(folder / "applied"), load_pruned(folder / "pruned")
     assert applied.pruning_record.plan.digest == pruned.pruning_record.plan.digest
+    told = applied.pruning_record.report
+    assert not told.dry_run
+    assert told.row("perplexity").after == pruned.pruning_record.report.row("perplexity").after
+    assert any("measured when the plan was made" in note for note in told.warnings)
     for (name, one), (_, other) in zip(
         applied.state_dict().items(), pruned.state_dict().items(), strict=True
     ):

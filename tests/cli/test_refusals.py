@@ -23,7 +23,7 @@ def test_nothing_and_help_teach(lit_prune):
     assert "--max_perplexity_increase" in run.out
 
 
-COMMANDS = ("prune", "plan", "apply", "sweep", "evaluate", "report", "export")  # compare: presets
+COMMANDS = ("prune", "plan", "apply", "sweep", "compare", "evaluate", "report", "export")
 
 
 def test_help_is_there_before_torch():
@@ -49,6 +49,20 @@ def test_help_is_there_before_torch():
                 *("--pruning_ratio", "0.3", "--target_bytes", "8GB"),
             ],
             ["pruning_ratio and target_bytes are two targets"],
+        ),
+        (
+            [
+                *("prune", "--model", "M", "--text", "T", "--to", "X"),
+                *("--pruning_ratio", "0.3", "--format", "stock"),
+            ],
+            ["one width for all layers", "add --allocator uniform_widths"],
+        ),
+        (
+            [
+                *("prune", "--model", "M", "--text", "T", "--to", "X", "--pruning_ratio", "0.3"),
+                *("--preset", "owl", "--format", "stock"),
+            ],
+            ["allocator 'global' gives each its own", "choose another preset"],
         ),
         (
             ["prune", "--model", "M", "--text", "T", "--to", "X", "--pruning_ratio", "30"],

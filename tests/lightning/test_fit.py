@@ -155,16 +155,23 @@ def test_f14_training_goes_as_without_the_callback(tmp_path):
     assert torch.equal(beside[3], alone[3])
 
 
-@pytest.mark.event("Runs", "`dry_run=True`", "plans and reports; the model is bit-identical")
-def test_dry_run_plans_and_leaves_the_model(tmp_path):
-    callback, module = pruner(dry_run=True), LM()
+@pytest.mark.event(
+    "Runs", "`dry_run=True`", 'plans and reports; `"measured"`: what it would cost, too'
+)
+@pytest.mark.parametrize("dry_run", [True, "measured"])
+def test_dry_run_plans_and_leaves_the_model(tmp_path, dry_run):
+    callback, module = pruner(dry_run=dry_run), LM()
     size = decoder_parameters(module.lm)
-    fit(tmp_path, module, callback)
+    trainer = fit(tmp_path, module, callback)
     assert decoder_parameters(module.lm) == size
+    parameters = {id(parameter) for parameter in module.parameters()}
+    assert {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]} <= parameters
     assert callback.report_.dry_run
     assert abs(callback.report_.achieved_ratio - 0.3) <= 0.005
-    assert callback.report_.row("perplexity").after is None
+    assert (callback.report_.row("perplexity").after is None) == (dry_run is True)
     assert not hasattr(module.lm, "pruning_record")
+    with pytest.raises(ConfigError, match="nothing has been pruned"):
+        callback.save_pruned(tmp_path / "pruned")
 
 
 def test_second_model_is_pruned_on_its_own_validation(tmp_path):

@@ -177,11 +177,14 @@ def test_a_dry_run_promises_nothing():
     plan = made_plan()
     search = {"predicted_damage": 0.1234, "sensitivity": "kl"}
     times = [{"before": timed()["before"]}]
-    page = page_of(made_report(plan, dry_run=True, search=search, latency=times), plan)
+    rows = (row("perplexity", "perplexity", 10.0, None),)
+    page = page_of(made_report(plan, rows=rows, dry_run=True, search=search, latency=times), plan)
     assert card(page, "What would it cost?").startswith("0.123 nats per token, predicted")
     assert card(page, "Is it faster?").startswith("Not known: nothing was cut")
-    page = page_of(made_report(plan, dry_run=True, search={"sensitivity": "none"}), plan)
+    page = page_of(made_report(plan, rows=rows, dry_run=True, search={"sensitivity": "none"}), plan)
     assert card(page, "What would it cost?").startswith("Not known")
+    page = page_of(made_report(plan, dry_run=True), plan)  # measured, and put back
+    assert card(page, "What would it cost?").startswith("Perplexity 10.00 → 11.00")
 
 
 def test_numbers_that_are_none():

@@ -69,7 +69,7 @@ def _cost(report: PruningReport) -> tuple[str, list[str]]:
         facts.append(
             f"measured on {count:,} {kind} of the text given, on which nothing was decided"
         )
-    if report.dry_run:
+    if report.dry_run and all(one.after is None for one in report.rows):
         predicted = report.search.get("predicted_damage")
         if predicted is not None and report.search.get("sensitivity") in ("kl", "nll"):
             facts.append("a prediction: nothing was cut")
@@ -91,7 +91,7 @@ def _cost(report: PruningReport) -> tuple[str, list[str]]:
 def _faster(report: PruningReport, times: list[Timed]) -> tuple[str, list[str]]:
     if not times:
         return "Not measured", ["latency was switched off (`latency_prompt_tokens` is 0)"]
-    if report.dry_run:
+    if all(one.after is None for one in times):
         return "Not known: nothing was cut", ["dry run; the dense model was measured"]
     facts, claims, slower, doubts, everywhere = [], 0, 0, 0, 0
     for name in PHASES:
