@@ -101,10 +101,10 @@ class PruningConfig:
             kept MLP channels are multiples of it, kept KV groups too (or a divisor of it, as
             servers copy KV heads).
         compensation: ``mean`` puts the mean output of what was cut into a bias; ``least_squares``
-            also folds its conditional mean into the columns that stay; ``sequential`` fits them,
-            layer by layer behind what was cut before, so that the residual stream meets the dense
-            model's (some three forwards over the text, once a plan stands); ``none`` does nothing.
-            None: what the preset's paper does.
+            also folds its conditional mean into the columns that stay; ``sequential`` fits what
+            writes the residual stream and what reads it, layer by layer behind what was cut before,
+            to what the dense model's holds (some four forwards over the text, once a plan stands);
+            ``none`` does nothing. None: what the preset's paper does.
         add_biases: False adds no bias, for a place of deployment that has none (Mistral's and
             Qwen's own classes, Qwen3 in llama.cpp): ``sequential`` then fits weights alone, nothing
             stands in for a sub-block that goes whole. None: as the family can be saved.

@@ -4,7 +4,8 @@ Least squares on the dense model's statistics restores what a projection wrote *
 pruned model its inputs have changed, and so has the residual stream that it adds to. Here the
 sub-blocks are fitted in their order, each on the inputs that it really gets, to the one target
 that counts: after it, the pruned model's residual stream shall hold what the dense model's holds.
-An error made before is thereby corrected as far as this sub-block can see it.
+An error made before is thereby corrected as far as this sub-block can see it. What is left of it is
+allowed for where the stream is read (`lit_prune.reading`).
 
 References:
     Behind a pruned prefix: SparseGPT, ZipLM and their heirs. Towards the dense model's output:
@@ -22,13 +23,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_prune.calibration import ChannelCovariance, TwoStreams, out_of_memory_in, two_streams
+from lit_prune.calibration import TwoStreams, joint_moments_of, out_of_memory_in, two_streams
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
-from lit_prune.errors import CalibrationError
 from lit_prune.importance import affine_refit
 from lit_prune.methods import preset
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.planning import describe
+from lit_prune.reading import head_map, input_map
 from lit_prune.surgery import (
     DAMPING_FACTORS,
     Compensation,
@@ -120,8 +121,11 @@ def sequential_compensation(
     the layer is the target of both: the attention is fitted beside the whole MLP, then the MLP
     makes up for what the attention could not.
 
-    Costs about three forwards over the calibrate and the choose side, one layer at a time; memory:
-    one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and three hidden
+    Before that, behind the first cut, what the sub-block reads is fitted (`input_map`; not of
+    experts), and behind the last layer what the head reads (`head_map`).
+
+    Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
+    one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and five hidden
     states ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary
     directory where they would take more than the weights do.
 
@@ -145,7 +149,8 @@ def sequential_compensation(
     spec, parts = spec_for(model), DecoderParts(model)
     plan.validate(spec)
     constants = removed_mean == "add" and add_biases and spec.removed_constants
-    made = Compensation({}, plan.digest, weights or weights_digest(model), {}, {})
+    made = Compensation({}, plan.digest, weights or weights_digest(model))
+    dampings = [damping * factor for factor in DAMPING_FACTORS]
     refused: list[str] = []
     changed = False
     bar = tqdm(
@@ -163,7 +168,7 @@ def sequential_compensation(
                 place: SubBlock = (block.index, part.kind)
                 kept = plan.layers[block.index].kept(part.kind)
                 cut = len(kept) < part.num_units
-                changed = changed or cut
+                behind, changed = changed, changed or cut
                 if (
                     not changed  # both streams are the same so far
                     or block.index in protected_layers
@@ -171,21 +176,27 @@ def sequential_compensation(
                     or not part.takes_constant
                 ):
                     continue
+                so_far = _until(spec, plan, place)
+                if behind and kept:
+                    with masked(model, so_far, made, spec=spec):
+                        _fit_inputs(parts, place, text, dampings, made)
                 columns = unit_columns(kept, part.unit_width)
-                with masked(model, _until(spec, plan, place), made, spec=spec):
+                with masked(model, so_far, made, spec=spec):
                     moments = {
                         side: _moments(parts, place, columns, batches)
                         for side, batches in text.items()
                     }
                 refused += _fit(
-                    parts, place, columns, moments, damping, made, cut=cut, bias=cut and add_biases
+                    parts, place, columns, moments, dampings, made, cut=cut, bias=cut and add_biases
                 )
             before = _until(spec, plan, (block.index + 1, "attention"))
             with masked(model, before, made, spec=spec):
                 for batch in chain(*text.values()):
                     batch.follow(parts, block.index)
             bar.update()
-    return replace(made, notes=fallback_notes(made.facts, refused))
+        notes = fallback_notes(made.facts, refused)
+        found, facts = head_map(parts, text, dampings) if changed else (None, {})
+    return replace(made, head_map=found, facts={**made.facts, "head": facts}, notes=notes)
 
 
 def _moments(
@@ -196,22 +207,14 @@ def _moments(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and covariance of what the kept columns get and of the target, together."""
     bias = parts.output(*place).bias
-    metric: ChannelCovariance | None = None
-    for number, batch in enumerate(batches):
+
+    def pair(batch: TwoStreams) -> tuple[Tensor, Tensor]:
         inputs, target = batch.enters(parts, place)
         if len(columns) and bias is not None:  # it stays where it is
             target = target - bias
-        both = torch.cat([inputs[..., columns.to(inputs.device)], target], -1)[batch.mask]
-        if not bool(torch.isfinite(both).all()):
-            raise CalibrationError(
-                f"layer {place[0]} {place[1]}, batch {number}: activations behind the pruned "
-                "prefix are not finite. Use bfloat16 or float32, or "
-                "compensation='least_squares'. The model is unchanged."
-            )
-        metric = metric or ChannelCovariance(both.shape[-1])
-        metric.update(both)
-    assert metric is not None  # noqa: S101 - a side has at least one batch
-    return metric.mean, metric.here()
+        return inputs[..., columns.to(inputs.device)], target
+
+    return joint_moments_of(batches, pair, _name(place))
 
 
 def _fit(
@@ -219,7 +222,7 @@ def _fit(
     place: SubBlock,
     columns: Tensor,
     moments: dict[Side, tuple[Tensor, Tensor]],
-    damping: float,
+    dampings: Sequence[float],
     made: Compensation,
     *,
     cut: bool,
@@ -238,9 +241,9 @@ def _fit(
         _about(centre, mean, covariance),
         _about(centre, other_mean, other),
         weight[:, columns.to(weight.device)],
-        [damping * factor for factor in DAMPING_FACTORS],
+        dampings,
     )
-    name = f"layer {place[0]} {place[1]}"
+    name = _name(place)
     if cut or found.damping is not None:
         # float32 is what is kept, and every dtype below: the constant fits the rounded weights
         rounded = found.weight.float()
@@ -253,6 +256,28 @@ def _fit(
         constant = mean[len(columns) :] - rounded.double() @ mean[: len(columns)]
         made.constants[place] = constant.cpu()
     return [name] * found.refused
+
+
+def _fit_inputs(
+    parts: DecoderParts,
+    place: SubBlock,
+    text: dict[Side, list[TwoStreams]],
+    dampings: Sequence[float],
+    made: Compensation,
+) -> None:
+    """Add the map of what a sub-block reads, where one is better than none."""
+    name = f"{_name(place)} inputs"
+    found = input_map(text, lambda batch: batch.reads(parts, place), dampings, name)
+    if found.damping is not None:
+        made.input_maps[place] = found.weight.float().cpu()
+        made.facts[name] = {
+            "damping": found.damping,
+            "condition_number_at_most": found.condition,
+        }
+
+
+def _name(place: SubBlock) -> str:
+    return f"layer {place[0]} {place[1]}"
 
 
 def _about(centre: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:

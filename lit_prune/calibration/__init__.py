@@ -16,7 +16,7 @@ from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
 from lit_prune.calibration.split import Side
-from lit_prune.calibration.streams import TwoStreams, two_streams
+from lit_prune.calibration.streams import TwoStreams, joint_moments_of, two_streams
 from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "covariance_groups",
     "data_notes",
     "first_tokens",
+    "joint_moments_of",
     "measure_residuals",
     "measure_sensitivities",
     "measure_taylor",

@@ -11,7 +11,15 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.rows import first_tokens
-from lit_prune.decoder import IGNORED_LABEL, DecoderParts, SubBlock, head_of, quiet, spec_for
+from lit_prune.decoder import (
+    IGNORED_LABEL,
+    DecoderParts,
+    SubBlock,
+    after_head,
+    head_of,
+    quiet,
+    spec_for,
+)
 from lit_prune.ranks import ALONE
 
 if TYPE_CHECKING:
@@ -111,8 +119,9 @@ def _compare(
     head: Any = head_of(parts.model)
     kl = nll = 0.0
     for chunk in torch.arange(len(labels), device=labels.device).split(_LOGIT_TOKENS):
-        one = head(dense[chunk]).float().log_softmax(-1)
-        other = head(hidden[chunk]).float().log_softmax(-1)
+        one, other = (
+            after_head(head(x[chunk]).float(), parts.model).log_softmax(-1) for x in (dense, hidden)
+        )
         kl += float((one.exp() * (one - other)).sum(-1).double().sum())
         classes = labels[chunk].unsqueeze(-1)
         difference = (one - other).gather(-1, classes.clamp_min(0))

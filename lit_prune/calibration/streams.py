@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.inputs import by_token
 from lit_prune.calibration.shelf import Shelf, shelves
 from lit_prune.decoder import KINDS, call_of
+from lit_prune.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
@@ -35,6 +37,7 @@ class TwoStreams:
             behind the last layer that either went through, and ``middle``, behind the attention
             of the last layer that the dense one went through, where a stream is there. Where a norm
             follows a sub-block, ``attention`` and ``mlp``: what the dense one handed to it.
+            ``attention reads`` and ``mlp reads``: what its input projections got there.
     """
 
     mask: Tensor
@@ -46,11 +49,28 @@ class TwoStreams:
         watched = {
             name: parts.layers[layer].get_submodule(path) for name, path in _watched(parts).items()
         }
+        for kind in KINDS:
+            if parts.exists(layer, kind) and not parts.routed(layer, kind):
+                watched[f"{kind} reads"] = _reader(parts, (layer, kind))
         with ExitStack() as hooks:
             seen = {name: hooks.enter_context(_inputs_of(m)) for name, m in watched.items()}
             self.shelf["dense"] = self._run(parts, layer, self.shelf["dense"])
         for name, found in seen.items():
             self.shelf[name] = by_token(found[0], self.mask)
+
+    def reads(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
+        """Return what the input projections of a sub-block get: in the pruned model, as its layer
+        is now, and in the dense one.
+        """  # noqa: D205 - one sentence
+        layer, kind = place
+        with _inputs_of(_reader(parts, place), last=True) as inputs:
+            self._run(parts, layer, self.shelf["pruned"])
+        return by_token(inputs[0], self.mask), self.shelf[f"{kind} reads"]
+
+    def finals(self, parts: DecoderParts) -> tuple[Tensor, Tensor]:
+        """Return what the head gets, behind the last layer: in the pruned model, in the dense."""
+        norm = parts.final_norm
+        return norm(self.shelf["pruned"]), norm(self.shelf["dense"])
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and what it
@@ -94,6 +114,11 @@ class TwoStreams:
         return found
 
 
+def _reader(parts: DecoderParts, place: SubBlock) -> nn.Module:
+    module: nn.Module = parts.input_modules(*place)[0].module
+    return module
+
+
 def _watched(parts: DecoderParts) -> dict[str, str]:
     """Return the norms of a layer whose inputs are kept, by what they are kept as."""
     found: dict[str, str] = {}
@@ -103,6 +128,34 @@ def _watched(parts: DecoderParts) -> dict[str, str]:
     if after["attention"] is None and middle is not None and not parts.family.parallel:
         found["middle"] = middle
     return found
+
+
+def joint_moments_of(
+    batches: Sequence[TwoStreams], pair: Callable[[TwoStreams], tuple[Tensor, Tensor]], where: str
+) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance of two things, taken together, over the real tokens of batches.
+
+    Args:
+        batches: At least one.
+        pair: What to take of each, ``[batch, tokens, width]`` twice.
+        where: Where that is, for messages.
+
+    Raises:
+        CalibrationError: If a value is not finite.
+    """
+    metric: ChannelCovariance | None = None
+    for number, batch in enumerate(batches):
+        both = torch.cat(pair(batch), -1)[batch.mask]
+        if not bool(torch.isfinite(both).all()):
+            raise CalibrationError(
+                f"{where}, batch {number}: activations behind the pruned "
+                "prefix are not finite. Use bfloat16 or float32, or "
+                "compensation='least_squares'. The model is unchanged."
+            )
+        metric = metric or ChannelCovariance(both.shape[-1])
+        metric.update(both)
+    assert metric is not None  # noqa: S101 - a side has at least one batch
+    return metric.mean, metric.here()
 
 
 @contextmanager
@@ -123,7 +176,9 @@ def two_streams(
     padded = sum(
         batch.attention_mask.numel() for side in sides for batch in rows.batches(side, batch_tokens)
     )
-    expected = (2 + len(_watched(parts))) * padded * parts.hidden_size * first.element_size()
+    expected = (
+        (2 + len(KINDS) + len(_watched(parts))) * padded * parts.hidden_size * first.element_size()
+    )
     weights = sum(parameter.nbytes for parameter in parts.model.parameters())
     with shelves(expected, weights, first.device) as new_shelf:
         found: dict[Side, list[TwoStreams]] = {side: [] for side in sides}

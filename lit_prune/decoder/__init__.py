@@ -9,11 +9,14 @@ from lit_prune.decoder.family import Family
 from lit_prune.decoder.head import (
     IGNORED_LABEL,
     Task,
+    after_head,
     auto_class,
     head_of,
+    is_tied,
     logits_of,
     placed_labels,
     read_at,
+    scaled_norm,
     task_of,
 )
 from lit_prune.decoder.infer import infer_family
@@ -56,6 +59,7 @@ __all__ = [
     "SubBlock",
     "SubBlockKind",
     "Task",
+    "after_head",
     "all_kept",
     "auto_class",
     "call_of",
@@ -65,6 +69,7 @@ __all__ = [
     "fingerprint",
     "head_of",
     "infer_family",
+    "is_tied",
     "logits_of",
     "media_tokens",
     "placed_labels",
@@ -72,6 +77,7 @@ __all__ = [
     "read_at",
     "register_family",
     "remainder",
+    "scaled_norm",
     "shared_bytes",
     "spec_for",
     "task_of",

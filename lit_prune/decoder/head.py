@@ -64,6 +64,65 @@ def head_of(model: nn.Module) -> nn.Module | None:
     return head
 
 
+def after_head(logits: Tensor, model: nn.Module) -> Tensor:
+    """Return what a model that predicts tokens makes of what its head returns.
+
+    Some scale it (Cohere, Granite), some bend it softly below a cap (Gemma 2). Of a classifier it
+    comes back as it is.
+
+    Args:
+        logits: What the head returns, ``[..., outputs]``.
+        model: The whole, for its config.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> granite = SimpleNamespace(config=SimpleNamespace(logits_scaling=2.0))
+        >>> after_head(torch.tensor([1.0, 4.0]), granite)
+        tensor([0.5000, 2.0000])
+    """
+    config: Any = model.config
+    if task_of(model) != "next_token":
+        return logits
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    cap = getattr(config, "final_logit_softcapping", None)
+    if factor != 1.0:
+        logits = logits * factor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Return whether the head's weights are those of the embeddings: what one has the other has."""
+    whole: Any = model
+    head: Any = head_of(model)
+    return head is not None and head.weight is whole.get_input_embeddings().weight
+
+
+def scaled_norm(norm: nn.Module, scale: float) -> dict[str, Tensor]:
+    """Return parameters, by name, under which a norm returns ``scale`` times what it does now.
+
+    Gemma's multiply with one more than their weight. Empty where a norm has no weight.
+
+    Example:
+        >>> norm = torch.nn.RMSNorm(2)
+        >>> scaled_norm(norm, 0.5)["weight"]
+        tensor([0.5000, 0.5000])
+    """
+    own = {name: parameter.detach() for name, parameter in norm.named_parameters()}
+    if "weight" not in own:
+        return {}
+    nothing = {name: torch.zeros_like(parameter) for name, parameter in own.items()}
+    probe = torch.arange(len(own["weight"])).to(own["weight"])
+    with torch.no_grad():
+        left = torch.func.functional_call(norm, nothing, (probe,))
+    more = 1.0 if bool(left.any()) else 0.0
+    return {
+        name: scale * (value + more) - more if name == "weight" else scale * value
+        for name, value in own.items()
+    }
+
+
 def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
     """Return what the head says at every token, ``[batch, tokens, outputs]``; no cache is filled.
 

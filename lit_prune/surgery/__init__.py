@@ -1,6 +1,6 @@
 """The only place that changes a model."""
 
-from lit_prune.surgery.apply import applied, apply_plan, stage, tried
+from lit_prune.surgery.apply import applied, apply_plan, tried
 from lit_prune.surgery.compensation import (
     Compensation,
     mean_compensation,
@@ -14,6 +14,7 @@ from lit_prune.surgery.least_squares import (
     least_squares_compensation,
 )
 from lit_prune.surgery.mask import masked
+from lit_prune.surgery.slicing import stage
 from lit_prune.surgery.structure import take_structure
 
 __all__ = [

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from lit_prune.plan import PruningPlan
 
+_HEAD = "head_map"  # in a file
 # Parameters in memory at once, copied from their device; beyond that, memory is the limit.
 _HASHED_AT_ONCE = 8
 
@@ -40,6 +41,12 @@ class Compensation:
         weights: New weights of output projections, where kept columns take over part of what was
             cut, there or before, by ``(layer, kind)``, ``[hidden_size, kept columns]`` each,
             float32.
+        input_maps: What the input projections of a sub-block get is mapped by, where what they get
+            has changed, by ``(layer, kind)``, ``[hidden_size, hidden_size]`` each, float32: the
+            weights become ``W M``.
+        head_map: The same of what the head gets, ``[hidden_size, hidden_size]``; where its weights
+            are those of the embeddings, which stay, a number that the final norm is scaled by,
+            ``[]``.
         facts: What the plan records about it, JSON-able.
         notes: What the report says about it, in words.
     """
@@ -48,6 +55,8 @@ class Compensation:
     plan_digest: str
     weights_digest: str
     weights: dict[SubBlock, Tensor] = field(default_factory=dict)
+    input_maps: dict[SubBlock, Tensor] = field(default_factory=dict)
+    head_map: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -63,23 +72,35 @@ class Compensation:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return constants and weights by the names that they have in a file."""
-        constants = {f"{layer}.{kind}": x for (layer, kind), x in self.constants.items()}
-        weights = {f"weights.{layer}.{kind}": x for (layer, kind), x in self.weights.items()}
-        return {name: x.contiguous() for name, x in (constants | weights).items()}
+        groups = {"": self.constants, "weights.": self.weights, "input_maps.": self.input_maps}
+        found = {
+            f"{group}{layer}.{kind}": x
+            for group, by_place in groups.items()
+            for (layer, kind), x in by_place.items()
+        }
+        if self.head_map is not None:
+            found[_HEAD] = self.head_map
+        return {name: x.contiguous() for name, x in found.items()}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Compensation:
         """Return this compensation with what `tensors` returned for another.
 
         Raises:
-            ValueError: If a name is none of those.
+            KeyError, ValueError: If a name is none of those.
         """
-        constants: dict[SubBlock, Tensor] = {}
-        weights: dict[SubBlock, Tensor] = {}
+        groups: dict[str, dict[SubBlock, Tensor]] = {"": {}, "weights": {}, "input_maps": {}}
         for name, tensor in tensors.items():
-            layer, kind = name.removeprefix("weights.").split(".")
-            group = weights if name.startswith("weights.") else constants
-            group[int(layer), _kind(kind)] = tensor
-        return replace(self, constants=constants, weights=weights)
+            if name != _HEAD:
+                *group, layer, kind = name.split(".")
+                groups[".".join(group)][int(layer), _kind(kind)] = tensor
+        constants, weights, input_maps = groups.values()
+        return replace(
+            self,
+            constants=constants,
+            weights=weights,
+            input_maps=input_maps,
+            head_map=tensors.get(_HEAD),
+        )
 
     @classmethod
     def load(cls, path: Path) -> Compensation:
@@ -187,6 +208,17 @@ def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:
     """
     first = torch.tensor(units, dtype=torch.int64).unsqueeze(1) * unit_width
     return (first + torch.arange(unit_width)).reshape(-1)
+
+
+def mapped(weight: Tensor, input_map: Tensor) -> Tensor:
+    """Return ``W M``: weights for inputs that ``M`` brings to what they were, ``[out, in]``.
+
+    Example:
+        >>> mapped(torch.ones(1, 2), torch.diag(torch.tensor([2.0, 3.0])))
+        tensor([[2., 3.]])
+    """
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(exact) @ input_map.to(weight.device, exact)).to(weight.dtype)
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -97,7 +97,9 @@ def least_squares_compensation(
             rounded = found.weight.float().double()
             constants[place] = (weight @ means - rounded @ means[columns]).cpu()
     notes = fallback_notes(chosen, refused, judged=held_out is not None)
-    return Compensation(constants, plan.digest, mean.weights_digest, folded, chosen, notes)
+    return Compensation(
+        constants, plan.digest, mean.weights_digest, weights=folded, facts=chosen, notes=notes
+    )
 
 
 def fallback_notes(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.decoder import DecoderParts, spec_for
-from lit_prune.surgery.compensation import unit_columns
+from lit_prune.decoder import DecoderParts, head_of, spec_for
+from lit_prune.decoder.projections import Projection
+from lit_prune.surgery.compensation import mapped, unit_columns
 from lit_prune.surgery.experts import route_past
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -45,6 +46,7 @@ def masked(
     spec, parts = spec or spec_for(model), DecoderParts(model)
     plan.validate(spec)
     constants = compensation.constants if compensation else {}
+    input_maps = compensation.input_maps if compensation else {}
     handles = []
     try:
         for index, part in spec.sub_blocks:
@@ -56,6 +58,12 @@ def masked(
                 elif len(kept) < part.num_units:
                     handles.append(route_past(routed, kept))
                 continue
+            if kept and (index, part.kind) in input_maps:
+                input_map = input_maps[index, part.kind]
+                handles += [
+                    each.module.register_forward_hook(_reads(each, input_map))
+                    for each in parts.input_modules(index, part.kind)
+                ]
             linear = parts.output(index, part.kind)
             like = linear.weight
             constant = constants.get((index, part.kind))
@@ -81,6 +89,13 @@ def masked(
                 handles.append(linear.module.register_forward_pre_hook(partial(_mask, mask)))
                 if constant is not None:
                     handles.append(linear.module.register_forward_hook(partial(_add, constant)))
+        head_map = compensation.head_map if compensation else None
+        if head_map is not None and head_map.ndim:
+            head = Projection(head_of(model))
+            handles.append(head.module.register_forward_hook(_reads(head, head_map)))
+        elif head_map is not None:
+            norm = parts.final_norm
+            handles.append(norm.register_forward_hook(partial(_scale, float(head_map))))
         yield
     finally:
         for handle in handles:
@@ -99,6 +114,22 @@ def _mask(mask: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return output + constant
+
+
+def _reads(projection: Projection, input_map: Tensor) -> Callable[..., Tensor]:
+    @cache  # made when the layer runs: many are hooked, and few of them run
+    def weight() -> Tensor:
+        return mapped(projection.matrix, input_map)
+
+    def again(module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        bias: Any = module.bias
+        return nn.functional.linear(args[0], weight(), bias)
+
+    return again
+
+
+def _scale(factor: float, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return output * factor
 
 
 def _recompute(

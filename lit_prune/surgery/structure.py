@@ -15,8 +15,8 @@ import torch
 from lit_prune.decoder import LEADING, DecoderParts, SubBlock, spec_for
 from lit_prune.errors import PlanMismatchError
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.surgery.apply import stage
 from lit_prune.surgery.compensation import Compensation
+from lit_prune.surgery.slicing import stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,8 +14,9 @@ def run_rows(model, rows):
     """Log-probabilities and final states of each row, alone and unpadded."""
     found = []
     for row in rows:
-        hidden = model.model(input_ids=row.ids[None], use_cache=False).last_hidden_state[0]
-        found.append((model.lm_head(hidden).double().log_softmax(-1), hidden.double()))
+        inputs = {"input_ids": row.ids[None], "use_cache": False}
+        hidden = model.model(**inputs).last_hidden_state[0]
+        found.append((model(**inputs).logits[0].double().log_softmax(-1), hidden.double()))
     return found
 
 
@@ -47,9 +48,9 @@ def means_and_constants(model, rows):
     return means, constants
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*CONFIGS, "granite"])
 def test_against_full_forwards(family):
-    options = {"mlp_bias": True} if family == "llama" else {}
+    options = {"llama": {"mlp_bias": True}, "granite": {"logits_scaling": 0.25}}.get(family, {})
     model, rows = tiny_model(family, layers=2, **options), uneven_rows(16)
     means, constants = means_and_constants(model, rows)
     chosen = rows.side("calibrate")

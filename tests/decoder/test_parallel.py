@@ -92,7 +92,7 @@ def test_the_rule_of_layers_that_add_one_after_the_other_would_be_wrong(monkeypa
     plan = plan_without(spec_for(model), {(1, ATTENTION)})
     made = means_of(model, plan)
     monkeypatch.setattr(
-        "lit_prune.surgery.apply.remainder",
+        "lit_prune.surgery.slicing.remainder",
         lambda spec, *rest: remainder(with_field(spec, parallel=False), *rest),
     )
     with unchanged(model), pytest.raises(SurgeryError, match="does not compute what the plan"):

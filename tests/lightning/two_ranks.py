@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import lit_prune.latency_table
 import lit_prune.pruner
-import lit_prune.surgery.apply
+import lit_prune.surgery.slicing
 from lit_prune import apply_plan
 from tests.lightning.modules import (
     LM,
@@ -187,7 +187,7 @@ def broken(*args, **kwargs):
 
 
 def surgery_on_1(folder):
-    with replaced(1, lit_prune.surgery.apply.StagedEdits, "commit", broken):
+    with replaced(1, lit_prune.surgery.slicing.StagedEdits, "commit", broken):
         return fails(folder, pruner(), dense())
 
 

@@ -21,6 +21,8 @@ from lit_prune.surgery import (
     compare,
     masked,
     mean_compensation,
+    stage,
+    unit_columns,
     weights_digest,
 )
 from tests.models import CONFIGS, padded_batch, tiny_model, tiny_rows
@@ -359,7 +361,7 @@ def test_f26_failure_at_every_edit_leaves_the_model_bit_identical(error, after, 
     monkeypatch.setattr(StagedEdits, "_assign", staticmethod(failing))
     while True:
         done.clear()
-        if k == len(apply.stage(model, spec_for(model), plan, compensation)):
+        if k == len(stage(model, spec_for(model), plan, compensation)):
             break
         with pytest.raises(type(error)):
             apply_plan(model, plan, compensation, verify=False)
@@ -411,8 +413,8 @@ def test_f26_ctrl_c_while_checking(moment, monkeypatch):
 def test_f30_a_wrong_result_is_rolled_back(dtype, monkeypatch):
     model = tiny_model(layers=5).to(dtype)
     plan, compensation = compensated(model)
-    plain = apply.unit_columns
-    monkeypatch.setattr(apply, "unit_columns", lambda *args: plain(*args) + 1)
+    plain = unit_columns
+    monkeypatch.setattr("lit_prune.surgery.slicing.unit_columns", lambda *args: plain(*args) + 1)
     with unchanged(model), pytest.raises(SurgeryError, match="does not compute what the plan says"):
         apply_plan(model, plan_for(model, [(None, range(30)), *[(None, None)] * 4]))
     monkeypatch.undo()
