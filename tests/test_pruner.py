@@ -24,7 +24,7 @@ from lit_prune.errors import (
     UnsupportedModelError,
 )
 from lit_prune.pruner import prune
-from lit_prune.surgery import StagedEdits, apply, apply_plan, masked
+from lit_prune.surgery import StagedEdits, apply_plan, masked, slicing
 from tests.models import CONFIGS, batches_of, padded_batch, tiny_model, tiny_rows
 from tests.state import counted_forwards, recount, unchanged
 
@@ -534,8 +534,8 @@ def test_f18_f26_a_failure_at_any_stage_leaves_the_model_bit_identical(moment, e
 
 def test_f30_a_wrong_result_is_rolled_back(monkeypatch):
     model = tiny_model()
-    plain = apply.kept_lines
-    monkeypatch.setattr(apply, "kept_lines", lambda *args: plain(*args) * 0)
+    plain = slicing.kept_lines
+    monkeypatch.setattr(slicing, "kept_lines", lambda *args: plain(*args) * 0)
     with unchanged(model), pytest.raises(SurgeryError, match="does not compute what the plan says"):
         run(model)
 
