@@ -195,8 +195,9 @@ def sequential_compensation(
                     batch.follow(parts, block.index)
             bar.update()
         notes = fallback_notes(made.facts, refused)
-        found, facts = head_map(parts, text, dampings) if changed else (None, {})
-    return replace(made, head_map=found, facts={**made.facts, "head": facts}, notes=notes)
+        found, told = head_map(parts, text, dampings) if changed else (None, {})
+    facts = {**made.facts, **({"head": told} if told else {})}
+    return replace(made, head_map=found, facts=facts, notes=notes)
 
 
 def _moments(
