@@ -17,6 +17,7 @@ from lit_prune.surgery.experts import route_past
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch.utils.hooks import RemovableHandle
     from transformers import PreTrainedModel
 
     from lit_prune.decoder import DecoderSpec
@@ -59,9 +60,8 @@ def masked(
                     handles.append(route_past(routed, kept))
                 continue
             if kept and (index, part.kind) in input_maps:
-                input_map = input_maps[index, part.kind]
                 handles += [
-                    each.module.register_forward_hook(_reads(each, input_map))
+                    _read(each, input_maps[index, part.kind])
                     for each in parts.input_modules(index, part.kind)
                 ]
             linear = parts.output(index, part.kind)
@@ -77,10 +77,10 @@ def masked(
                 handles.append(linear.module.register_forward_hook(partial(_replace, constant)))
             elif compensation is not None and (index, part.kind) in compensation.weights:
                 columns = unit_columns(kept, part.unit_width).to(like.device)
-                weight = compensation.weights[index, part.kind].to(like.device, like.dtype)
+                weight = partial(compensation.weights[index, part.kind].to, like.device, like.dtype)
                 handles.append(
                     linear.module.register_forward_hook(
-                        partial(_recompute, columns, weight, linear.bias, constant)
+                        _recompute(weight, linear.bias, columns, constant)
                     )
                 )
             elif len(kept) < part.num_units:
@@ -91,8 +91,7 @@ def masked(
                     handles.append(linear.module.register_forward_hook(partial(_add, constant)))
         head_map = compensation.head_map if compensation else None
         if head_map is not None and head_map.ndim:
-            head = Projection(head_of(model))
-            handles.append(head.module.register_forward_hook(_reads(head, head_map)))
+            handles.append(_read(Projection(head_of(model)), head_map))
         elif head_map is not None:
             norm = parts.final_norm
             handles.append(norm.register_forward_hook(partial(_scale, float(head_map))))
@@ -116,16 +115,12 @@ def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) ->
     return output + constant
 
 
-def _reads(projection: Projection, input_map: Tensor) -> Callable[..., Tensor]:
-    @cache  # made when the layer runs: many are hooked, and few of them run
-    def weight() -> Tensor:
-        return mapped(projection.matrix, input_map)
-
-    def again(module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-        bias: Any = module.bias
-        return nn.functional.linear(args[0], weight(), bias)
-
-    return again
+def _read(projection: Projection, input_map: Tensor) -> RemovableHandle:
+    weight = partial(mapped, projection.matrix, input_map)
+    found: RemovableHandle = projection.module.register_forward_hook(
+        _recompute(weight, projection.module.bias)
+    )
+    return found
 
 
 def _scale(factor: float, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
@@ -133,16 +128,20 @@ def _scale(factor: float, _module: nn.Module, _args: object, output: Tensor) -> 
 
 
 def _recompute(
-    columns: Tensor,
-    weight: Tensor,
+    make: Callable[[], Tensor],
     bias: Tensor | None,
-    constant: Tensor | None,
-    _module: nn.Module,
-    args: tuple[Tensor, ...],
-    _output: Tensor,
-) -> Tensor:
-    output = nn.functional.linear(args[0][..., columns], weight, bias)
-    return output if constant is None else output + constant
+    columns: Tensor | None = None,
+    constant: Tensor | None = None,
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """Return a hook that computes with other weights; of many that are set few may ever run."""
+    weight = cache(make)  # made, or moved, by the first that does
+
+    def again(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
+        inputs = args[0] if columns is None else args[0][..., columns]
+        output = nn.functional.linear(inputs, weight(), bias)
+        return output if constant is None else output + constant
+
+    return again
 
 
 def _replace(constant: Tensor | None, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
