@@ -7,12 +7,12 @@ and whatever reads ``z`` through weights ``W`` may as well read that guess: ``W 
 parameter and no time.
 
 References:
-    The conditional mean of the input in place of the input: "errors in variables"; in post-training
-    quantisation, targets of the full-precision model on inputs of the quantised one (GPTAQ, Qronos)
-    are the same for one projection. We differ: one map for all that reads at a place, ridged
-    towards the identity and about zero, so that no bias is needed, its damping chosen on held-out
-    text. Temperature scaling: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017;
-    ours is fitted to the dense model's distribution, not to labels.
+    Weights fitted on the compressed model's inputs to the dense model's outputs: GPTAQ and Qronos,
+    for one quantised projection at a time; ``W M`` is the best for all that read ``z`` at once,
+    whatever they make of it. We differ: ridged towards the identity, through zero, so that no bias
+    is needed, the damping chosen on held-out text. Temperature scaling: Guo et al., "On Calibration
+    of Modern Neural Networks", ICML 2017; ours is fitted to the dense model's distribution, not to
+    labels.
 """
 
 from __future__ import annotations
@@ -100,17 +100,19 @@ def head_map(
     ):
         return None, {}
     pair: Callable[[TwoStreams], tuple[Tensor, Tensor]] = lambda batch: batch.finals(parts)  # noqa: E731
-    matrix, facts = None, {}
+    matrix: Tensor | None = None
+    facts: dict[str, float | None] = {}
     if not tied:
         found = input_map(text, pair, dampings, "the head")
         facts = {"damping": found.damping, "condition_number_at_most": found.condition}
         matrix = None if found.damping is None else found.weight.float()
     scale = _scale(parts, text, matrix)
-    if not tied and (matrix is not None or scale != 1.0):
-        matrix = torch.eye(parts.hidden_size) if matrix is None else matrix.cpu()
-        return scale * matrix, {**facts, "scale": scale}
-    made = torch.tensor(scale) if tied and scale != 1.0 else None
-    return made, {**facts, "scale": scale}
+    facts["scale"] = scale
+    if matrix is None and scale == 1.0:
+        return None, facts
+    if tied:
+        return torch.tensor(scale), facts
+    return scale * (torch.eye(parts.hidden_size) if matrix is None else matrix.cpu()), facts
 
 
 def _scale(parts: DecoderParts, text: dict[Side, list[TwoStreams]], matrix: Tensor | None) -> float:
@@ -141,8 +143,10 @@ def _divergences(
             pruned = pruned @ matrix.to(pruned).T
         for one, other in zip(dense.split(_LOGIT_TOKENS), pruned.split(_LOGIT_TOKENS), strict=True):
             wanted = after_head(head(one).float(), parts.model).log_softmax(-1)
+            plain = head(other).float()
+            bias = 0.0 if head.bias is None else head.bias.float()  # is not scaled
             for number, scale in enumerate(scales):
-                said = after_head(head(other * scale).float(), parts.model).log_softmax(-1)
+                said = after_head(bias + scale * (plain - bias), parts.model).log_softmax(-1)
                 apart = (wanted.exp() * (wanted - said)).sum(-1)
                 total[number] += float(apart.double().sum())
         seen += len(dense)

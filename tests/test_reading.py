@@ -1,5 +1,7 @@
 """What reads the stream, fitted: against regressions and distributions of the test's own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -108,17 +110,13 @@ def test_the_head_reads_what_the_dense_one_would_and_is_as_sure_as_it_may_be():
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt_neox"])  # norms: w, 1 + w, w and bias
 def test_a_tied_head_is_only_less_sure_of_itself_and_the_embeddings_stay(family):
-    model, plan, found = fitted(family, tie=True) if family == "llama" else of_family(family)
+    model, plan, found = of_family(family, tie=True)
     assert is_tied(model)
     scale = found.facts["head"]["scale"]
     assert float(found.head_map) == pytest.approx(scale)
     embeddings = model.get_input_embeddings().weight.detach().clone()
     ids = torch.stack(tiny_rows(3))
-    without = Compensation(
-        found.constants, found.plan_digest, found.weights_digest,
-        weights=found.weights, input_maps=found.input_maps,
-    )  # fmt: skip
-    with torch.no_grad(), masked(model, plan, without):
+    with torch.no_grad(), masked(model, plan, replace(found, head_map=None)):
         plain = model(input_ids=ids).logits
     apply_plan(model, plan, found)
     assert is_tied(model)
@@ -128,12 +126,41 @@ def test_a_tied_head_is_only_less_sure_of_itself_and_the_embeddings_stay(family)
     torch.testing.assert_close(got, scale * plain, rtol=1e-4, atol=1e-4)
 
 
-def of_family(family):
-    model = tiny_model(family, layers=3, tie=True, kv_heads=4 if family == "gpt_neox" else 2)
-    kept = (1, 3) if family == "gpt_neox" else (1,)
+def of_family(family, **options):
+    """Cut in every layer; KV groups where heads are not in groups, too."""
+    heads = 4 if family in ("gpt_neox", "phi") else 2
+    model = tiny_model(family, layers=3, kv_heads=heads, **options)
+    kept = (1, 3) if heads == 4 else (1,)
     layers = (LayerPlan(0, kept, ALL[:24]), LayerPlan(1, kept, ALL[:30]), LayerPlan(2, kept, ALL))
     plan = PruningPlan(spec_for(model).fingerprint, layers)
     return model, plan, sequential_compensation(model, plan, ROWS)
+
+
+@torch.no_grad()
+def log_probabilities(model):
+    logits = [
+        model(input_ids=row.ids[None], use_cache=False).logits[0] for row in ROWS.side("calibrate")
+    ]
+    return torch.cat(logits).double().log_softmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("phi", {}),  # its head has a bias
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 0.7, "tie": True}),
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+    ],
+)
+def test_the_factor_is_the_best_whatever_becomes_of_logits(family, options):
+    model, plan, found = of_family(family, **options)
+    dense, divergences = log_probabilities(model), []
+    for factor in (0.93, 1.0, 1.07):
+        with masked(model, plan, replace(found, head_map=factor * found.head_map)):
+            said = log_probabilities(model)
+        divergences.append(float((dense.exp() * (dense - said)).sum(-1).mean()))
+    assert divergences[1] == min(divergences)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
