@@ -1,6 +1,7 @@
 """Each target lands within its tolerance on models of three sizes, or says which bound it hit."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -101,7 +102,9 @@ def test_speed_up_is_what_the_table_predicts():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [64, 128, 256])
-def test_speed_up_measured_again_is_what_was_predicted(size):
+def test_speed_up_measured_again_is_what_was_predicted(size, monkeypatch):
+    # CPU time of the one thread: other work on the machine is not measured
+    monkeypatch.setitem(measure_sub_blocks.__kwdefaults__, "clock", time.process_time)
     model = tiny_model(layers=6, hidden_size=size, intermediate_size=8 * size)
     options = {"latency_prompt_tokens": 64, "latency_new_tokens": 1, "preset": "conditional"}
     workload = {"prompt_tokens": 64, "new_tokens": 1}
