@@ -59,6 +59,7 @@ from lit_prune.importance import channel_entropy
 from lit_prune.measuring import calibrate
 from lit_prune.methods import plan_of
 from lit_prune.planning import make_plan
+from lit_prune.sequential import compensated
 from lit_prune.surgery import least_squares_compensation
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 # Preset -> compensation.
-METHODS = {"conditional": "least_squares", "paper": "mean"}
+METHODS = {"conditional": "sequential", "paper": "mean"}
 # Where many calibrations are compared, each measures its sensitivities on so many tokens.
 SEARCH_TOKENS = 4096
 BINS = 64
@@ -267,7 +268,7 @@ def pruned_perplexity(
     )
     calibration = calibrate(model, rows, config, progress=False)
     pruned = copy.deepcopy(model)
-    planned = make_plan(pruned, calibration, config)
+    planned = compensated(pruned, make_plan(pruned, calibration, config), calibration, config)
     apply_plan(pruned, planned.plan, planned.compensation)
     return float(np.exp(mean_nll(pruned, text)))
 
