@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_prune.calibration import joint_moments_of
+from lit_prune.calibration import regression_of
 from lit_prune.decoder import after_head, head_of, is_tied, scaled_norm, task_of
 from lit_prune.importance import AffineRefit, affine_refit
 
@@ -59,13 +59,11 @@ def input_map(
     Raises:
         CalibrationError: If a value is not finite.
     """
-    about_zero: dict[Side, Tensor] = {}
-    for side, batches in text.items():
-        mean, covariance = joint_moments_of(batches, pair, where)
-        about_zero[side] = covariance.addr_(mean, mean)
-    fitted = about_zero["calibrate"]
-    identity = torch.eye(len(fitted) // 2, dtype=fitted.dtype, device=fitted.device)
-    return affine_refit(fitted, about_zero["choose"], identity, dampings)
+    fitted, other = (
+        regression_of(text[side], pair, where).about() for side in ("calibrate", "choose")
+    )
+    identity = torch.eye(len(fitted[0]), dtype=fitted[0].dtype, device=fitted[0].device)
+    return affine_refit(fitted, other, identity, dampings)
 
 
 def head_map(

@@ -19,11 +19,16 @@ from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_prune.calibration import TwoStreams, joint_moments_of, out_of_memory_in, two_streams
+from lit_prune.calibration import (
+    RegressionMoments,
+    TwoStreams,
+    out_of_memory_in,
+    regression_of,
+    two_streams,
+)
 from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.importance import affine_refit
 from lit_prune.methods import preset
@@ -125,7 +130,7 @@ def sequential_compensation(
     experts), and behind the last layer what the head reads (`head_map`).
 
     Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
-    one joint covariance, ``8 * (width + hidden_size) ** 2`` bytes, for each side, and five hidden
+    ``8 * width * (width + hidden_size)`` bytes for each side, and five hidden
     states ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary
     directory where they would take more than the weights do.
 
@@ -205,8 +210,8 @@ def _moments(
     place: SubBlock,
     columns: Tensor,
     batches: list[TwoStreams],
-) -> tuple[Tensor, Tensor]:
-    """Return mean and covariance of what the kept columns get and of the target, together."""
+) -> RegressionMoments:
+    """Return moments of what the kept columns get and of the target."""
     bias = parts.output(*place).bias
 
     def pair(batch: TwoStreams) -> tuple[Tensor, Tensor]:
@@ -215,14 +220,14 @@ def _moments(
             target = target - bias
         return inputs[..., columns.to(inputs.device)], target
 
-    return joint_moments_of(batches, pair, _name(place))
+    return regression_of(batches, pair, _name(place))
 
 
 def _fit(
     parts: DecoderParts,
     place: SubBlock,
     columns: Tensor,
-    moments: dict[Side, tuple[Tensor, Tensor]],
+    moments: dict[Side, RegressionMoments],
     dampings: Sequence[float],
     made: Compensation,
     *,
@@ -230,17 +235,16 @@ def _fit(
     bias: bool,
 ) -> list[str]:
     """Add a sub-block's constant and weights to what was made; return its name if refused."""
-    mean, covariance = moments["calibrate"]
+    inputs, target = moments["calibrate"].means
     if not len(columns):
-        made.constants[place] = mean.cpu()
+        made.constants[place] = target.cpu()
         return []
-    other_mean, other = moments["choose"]
     # about the means where a constant follows, else about zero
-    centre = mean if bias else torch.zeros_like(mean)
+    centre = (inputs, target) if bias else None
     weight = parts.output(*place).weight.detach()
     found = affine_refit(
-        _about(centre, mean, covariance),
-        _about(centre, other_mean, other),
+        moments["calibrate"].about(centre),
+        moments["choose"].about(centre),
         weight[:, columns.to(weight.device)],
         dampings,
     )
@@ -254,8 +258,7 @@ def _fit(
             "condition_number_at_most": found.condition,
         }
     if bias:
-        constant = mean[len(columns) :] - rounded.double() @ mean[: len(columns)]
-        made.constants[place] = constant.cpu()
+        made.constants[place] = (target - rounded.double() @ inputs).cpu()
     return [name] * found.refused
 
 
@@ -279,11 +282,6 @@ def _fit_inputs(
 
 def _name(place: SubBlock) -> str:
     return f"layer {place[0]} {place[1]}"
-
-
-def _about(centre: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Return second moments about ``centre``."""
-    return covariance + torch.outer(mean - centre, mean - centre)
 
 
 def _until(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan:

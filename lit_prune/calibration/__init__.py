@@ -11,12 +11,13 @@ from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
 from lit_prune.calibration.out_of_memory import out_of_memory_in
+from lit_prune.calibration.regression import RegressionMoments
 from lit_prune.calibration.replay import Replayed, covariance_groups, replay, replay_within
 from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
 from lit_prune.calibration.split import Side
-from lit_prune.calibration.streams import TwoStreams, joint_moments_of, two_streams
+from lit_prune.calibration.streams import TwoStreams, regression_of, two_streams
 from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Needs",
     "Observer",
     "RecordedRun",
+    "RegressionMoments",
     "Replayed",
     "Row",
     "RowSet",
@@ -43,12 +45,12 @@ __all__ = [
     "covariance_groups",
     "data_notes",
     "first_tokens",
-    "joint_moments_of",
     "measure_residuals",
     "measure_sensitivities",
     "measure_taylor",
     "out_of_memory_in",
     "real_tokens",
+    "regression_of",
     "replay",
     "replay_within",
     "two_streams",

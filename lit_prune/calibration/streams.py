@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.inputs import by_token
+from lit_prune.calibration.regression import RegressionMoments
 from lit_prune.calibration.shelf import Shelf, shelves
 from lit_prune.decoder import KINDS, call_of
 from lit_prune.errors import CalibrationError
@@ -130,32 +130,30 @@ def _watched(parts: DecoderParts) -> dict[str, str]:
     return found
 
 
-def joint_moments_of(
+def regression_of(
     batches: Sequence[TwoStreams], pair: Callable[[TwoStreams], tuple[Tensor, Tensor]], where: str
-) -> tuple[Tensor, Tensor]:
-    """Return mean and covariance of two things, taken together, over the real tokens of batches.
+) -> RegressionMoments:
+    """Return what a regression of one thing on another needs, over the real tokens of batches.
 
     Args:
         batches: At least one.
-        pair: What to take of each, ``[batch, tokens, width]`` twice.
+        pair: Inputs and target of each, ``[batch, tokens, width]`` both.
         where: Where that is, for messages.
 
     Raises:
         CalibrationError: If a value is not finite.
     """
-    metric: ChannelCovariance | None = None
+    moments = RegressionMoments()
     for number, batch in enumerate(batches):
-        both = torch.cat(pair(batch), -1)[batch.mask]
-        if not bool(torch.isfinite(both).all()):
+        inputs, target = (part[batch.mask] for part in pair(batch))
+        if not bool(torch.isfinite(inputs).all() & torch.isfinite(target).all()):
             raise CalibrationError(
                 f"{where}, batch {number}: activations behind the pruned "
                 "prefix are not finite. Use bfloat16 or float32, or "
                 "compensation='least_squares'. The model is unchanged."
             )
-        metric = metric or ChannelCovariance(both.shape[-1])
-        metric.update(both)
-    assert metric is not None  # noqa: S101 - a side has at least one batch
-    return metric.mean, metric.here()
+        moments.update(inputs, target)
+    return moments
 
 
 @contextmanager

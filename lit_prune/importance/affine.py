@@ -40,7 +40,10 @@ class AffineRefit:
 
 
 def affine_refit(
-    covariance: Tensor, other: Tensor, weight: Tensor, dampings: Sequence[float]
+    moments: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    weight: Tensor,
+    dampings: Sequence[float],
 ) -> AffineRefit:
     """Choose the weights that bring ``W x`` nearest to a target ``t``, up to a constant.
 
@@ -50,8 +53,8 @@ def affine_refit(
     moments about zero there is none.
 
     Args:
-        covariance: Joint second moments of inputs and target, ``[kept + out, kept + out]``, about
-            their means or about zero.
+        moments: Second moments of the inputs, ``[kept, kept]``, and of the target with them,
+            ``[out, kept]``, about their means or about zero.
         other: The same on other text, about the same point.
         weight: ``W``, ``[out, kept]``.
         dampings: Fractions of the mean input variance to try.
@@ -60,22 +63,16 @@ def affine_refit(
         ScoreError: If shapes do not fit, or a value is not finite.
 
     Example:
-        >>> joint = torch.tensor([[1.0, 2.0], [2.0, 4.0]])  # the target is twice the input
-        >>> found = affine_refit(joint, joint, torch.tensor([[1.0]]), (1e-12,))
+        >>> twice = torch.tensor([[1.0]]), torch.tensor([[2.0]])  # the target is twice the input
+        >>> found = affine_refit(twice, twice, torch.tensor([[1.0]]), (1e-12,))
         >>> found.weight.round(decimals=4), found.damping
         (tensor([[2.]], dtype=torch.float64), 1e-12)
     """
-    covariance, other = checked_covariance(covariance), checked_covariance(other)
     weight = checked_finite("weight", weight)
-    out, kept = weight.shape
-    for name, moments in (("covariance", covariance), ("other", other)):
-        if len(moments) != kept + out:
-            raise ScoreError(
-                f"{name} is {list(moments.shape)}; expected [kept + out] twice, {kept} + {out}."
-            )
-    inputs = covariance[:kept, :kept]
-    missing = covariance[kept:, :kept] - weight @ inputs  # covariance of what W does not say yet
-    best, least, refused = AffineRefit(weight, None, None, False), _error(other, weight), False
+    inputs, cross = _checked("moments", moments, weight)
+    held_out = _checked("other", other, weight)
+    missing = cross - weight @ inputs  # covariance of what W does not say yet
+    best, least, refused = AffineRefit(weight, None, None, False), _error(*held_out, weight), False
     for damping in dampings:
         noisy = damped(inputs, damping)
         try:
@@ -83,16 +80,23 @@ def affine_refit(
         except ScoreError:  # ill-conditioned beyond float64: more damping, or the old weights
             refused = True
             continue
-        error = _error(other, new)
+        error = _error(*held_out, new)
         if error < least:
             least = error
             best = AffineRefit(new, damping, condition_bound(noisy, inputs), False)
     return AffineRefit(best.weight, best.damping, best.condition, refused)
 
 
-def _error(moments: Tensor, weight: Tensor) -> float:
-    """Return ``E ||t - W x||^2`` from the joint second moments; NaN never wins a comparison."""
-    kept = weight.shape[1]
-    inputs, cross, target = moments[:kept, :kept], moments[kept:, :kept], moments[kept:, kept:]
-    explained = ((weight @ inputs) * weight).sum() - 2 * (weight * cross).sum()
-    return float(target.diagonal().sum() + explained)
+def _checked(name: str, moments: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    inputs, cross = checked_covariance(moments[0]), checked_finite(f"{name}[1]", moments[1])
+    if cross.shape != weight.shape or len(inputs) != weight.shape[1]:
+        raise ScoreError(
+            f"{name} are {list(inputs.shape)} and {list(cross.shape)}; expected [kept, kept] and "
+            f"[out, kept], of a weight {list(weight.shape)}."
+        )
+    return inputs, cross
+
+
+def _error(inputs: Tensor, cross: Tensor, weight: Tensor) -> float:
+    """Return ``E ||t - W x||^2`` less the part of ``t`` alone; NaN never wins a comparison."""
+    return float(((weight @ inputs) * weight).sum() - 2 * (weight * cross).sum())

@@ -27,7 +27,8 @@ def samples():
 def moments(text, means=None):
     both = torch.cat(text, 1)
     centred = both - (both.mean(0) if means is None else means)
-    return centred.T @ centred / len(both)
+    joint = centred.T @ centred / len(both)
+    return joint[:KEPT, :KEPT], joint[KEPT:, :KEPT]
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_against_a_ridge_towards_the_old_weights(samples, weight, damping):
     missing = torch.cat([(t - x @ weight.T) / len(x) ** 0.5, torch.zeros(KEPT, OUT)])
     new = weight + torch.linalg.lstsq(inputs, missing).solution.T
     torch.testing.assert_close(found.weight, new, rtol=1e-9, atol=1e-9)
-    condition = float(torch.linalg.cond(damped(moments((x, t))[:KEPT, :KEPT], damping)))
+    condition = float(torch.linalg.cond(damped(moments((x, t))[0], damping)))
     assert condition <= found.condition < float("inf")
 
 
@@ -80,16 +81,17 @@ def test_weights_that_nothing_beats_stay(samples, weight):
 
 def test_a_system_that_cannot_be_solved_is_skipped_and_told(weight):
     joint = covariance_of(KEPT + OUT)
-    broken = joint.clone()
+    inputs, cross = joint[:KEPT, :KEPT], joint[KEPT:, :KEPT]
+    broken = inputs.clone()
     broken[0, 0] = -5.0
-    found = affine_refit(broken, joint, weight, (1e-3,))
+    found = affine_refit((broken, cross), (inputs, cross), weight, (1e-3,))
     assert found.refused
     assert torch.equal(found.weight, weight)
 
 
 def test_shapes_and_values_are_checked(weight):
-    joint = torch.eye(KEPT + OUT)
-    with pytest.raises(ScoreError, match=r"expected \[kept \+ out\] twice"):
-        affine_refit(joint[:-1, :-1], joint, weight, (0.01,))
+    inputs, cross = torch.eye(KEPT), torch.zeros(OUT, KEPT)
+    with pytest.raises(ScoreError, match=r"expected \[kept, kept\] and \[out, kept\]"):
+        affine_refit((inputs, cross[:-1]), (inputs, cross), weight, (0.01,))
     with pytest.raises(ScoreError, match="expected finite"):
-        affine_refit(joint * float("nan"), joint, weight, (0.01,))
+        affine_refit((inputs * float("nan"), cross), (inputs, cross), weight, (0.01,))
