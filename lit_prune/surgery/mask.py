@@ -35,8 +35,8 @@ def masked(
 ) -> Iterator[None]:
     """Make the dense model compute what the pruned one would, for the time of the ``with``.
 
-    No weight is touched: hooks zero the inputs of the output projections that cut units feed, let
-    routers choose among the experts that stay, and add the constants.
+    No weight is touched: projections compute with others for the time, or hooks zero what cut units
+    feed to them; hooks let routers choose among the experts that stay, and add the constants.
 
     Args:
         model: The dense model that the plan was made for.
@@ -48,7 +48,7 @@ def masked(
     plan.validate(spec)
     constants = compensation.constants if compensation else {}
     input_maps = compensation.input_maps if compensation else {}
-    handles = []
+    handles: list[RemovableHandle | _Instead] = []
     try:
         for index, part in spec.sub_blocks:
             kept = plan.layers[index].kept(part.kind)
@@ -78,11 +78,8 @@ def masked(
             elif compensation is not None and (index, part.kind) in compensation.weights:
                 columns = unit_columns(kept, part.unit_width).to(like.device)
                 weight = partial(compensation.weights[index, part.kind].to, like.device, like.dtype)
-                handles.append(
-                    linear.module.register_forward_hook(
-                        _recompute(weight, linear.bias, columns, constant)
-                    )
-                )
+                other = _projection(weight, linear.bias, columns, constant)
+                handles.append(_Instead(linear.module, other))
             elif len(kept) < part.num_units:
                 mask = like.new_zeros(linear.in_features)
                 mask[unit_columns(kept, part.unit_width)] = 1
@@ -115,33 +112,48 @@ def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) ->
     return output + constant
 
 
-def _read(projection: Projection, input_map: Tensor) -> RemovableHandle:
+def _read(projection: Projection, input_map: Tensor) -> _Instead:
     weight = partial(mapped, projection.matrix, input_map)
-    found: RemovableHandle = projection.module.register_forward_hook(
-        _recompute(weight, projection.module.bias)
-    )
-    return found
+    return _Instead(projection.module, _projection(weight, projection.module.bias))
 
 
 def _scale(factor: float, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return output * factor
 
 
-def _recompute(
+def _projection(
     make: Callable[[], Tensor],
     bias: Tensor | None,
     columns: Tensor | None = None,
     constant: Tensor | None = None,
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """Return a hook that computes with other weights; of many that are set few may ever run."""
-    weight = cache(make)  # made, or moved, by the first that does
+) -> Callable[[Tensor], Tensor]:
+    """Return a linear map with weights that are made, or moved, when it first runs.
 
-    def again(_module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
-        inputs = args[0] if columns is None else args[0][..., columns]
+    Many stand ready where only one layer runs.
+    """
+    weight = cache(make)
+
+    def forward(inputs: Tensor) -> Tensor:
+        inputs = inputs if columns is None else inputs[..., columns]
         output = nn.functional.linear(inputs, weight(), bias)
         return output if constant is None else output + constant
 
-    return again
+    return forward
+
+
+class _Instead:
+    """Another forward of a module until it is removed, as a handle; its hooks go on."""
+
+    def __init__(self, module: Any, forward: Callable[..., Tensor]) -> None:  # noqa: ANN401 - gets an attribute
+        self._module, self._before = module, vars(module).get("forward")
+        module.forward = forward
+
+    def remove(self) -> None:
+        """Put back what was there."""
+        if self._before is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._before
 
 
 def _replace(constant: Tensor | None, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
