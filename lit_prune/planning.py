@@ -164,6 +164,7 @@ def make_plan(
         "prices": prices_of(spec, decision, scores, config),
         "compensation": describe(compensation),
         "calibration": calibration.describe(),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "versions": versions_of(*MEASURED_WITH),
     }
     plan = replace(plan, provenance=provenance)

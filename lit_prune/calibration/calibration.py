@@ -159,6 +159,7 @@ class Calibration:
             "tokens_per_channel": self.tokens_per_channel,
             "data_digest": self.data_digest,
             "split": self.rows.describe_split(),
+            "disjoint_sides": self.rows.split,
             "statistics_from": self.source,
             "notes": list(self.notes),
             **({"latency_table": self.latency_conditions} if self.latency else {}),

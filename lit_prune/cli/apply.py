@@ -2,8 +2,9 @@
 
   lit-prune apply --model my-model --plan plan --to pruned
 
-For who shares plans and not weights: a plan is kilobytes, and makes the same pruned model, bit for
-bit, of the same base model in the same dtype. What `lit-prune plan` measured goes with it.
+For who shares plans and not weights: a plan with its compensation makes the same pruned model, bit
+for bit, of the same base model in the same dtype (by default that of the plan). What `lit-prune
+plan` measured goes with it.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ def add_options(parser: ArgumentParser) -> None:
         help="a directory of `lit-prune plan`, or a plan.json with a compensation.safetensors "
         "beside it",
     )
+    parser.add_argument(
+        "--without_compensation",
+        action="store_true",
+        help="nothing stands in for what goes: a worse model, of which nothing was measured",
+    )
     add_saved(parser)
 
 
@@ -56,10 +62,18 @@ def run(options: Namespace) -> None:
     if not file.is_file():
         raise ArtifactError(f"{file}: there is no such file. `lit-prune plan` writes one.")
     plan = PruningPlan.load(file)
-    report = _report_beside(file, plan)
     beside = file.with_name("compensation.safetensors")
-    compensation = Compensation.load(beside) if beside.is_file() else None
-    loaded = load(options.model, dtype=options.dtype, device=options.device)
+    wanted = plan.provenance.get("config", {}).get("compensation", "none") != "none"
+    bare = options.without_compensation
+    if wanted and not bare and not beside.is_file():
+        raise ArtifactError(
+            f"{beside}: there is no such file, and the plan was made with it; without it the model "
+            "is worse than was measured. Put it beside the plan, or say --without_compensation."
+        )
+    compensation = Compensation.load(beside) if beside.is_file() and not bare else None
+    report = None if wanted and bare else _report_beside(file, plan)
+    dtype = plan.provenance.get("dtype", "auto") if options.dtype == "auto" else options.dtype
+    loaded = load(options.model, dtype=dtype, device=options.device)
     say("cutting")
     model = apply_plan(loaded.model, plan, compensation)
     model.pruning_record = PruningRecord(plan, report)  # type: ignore[assignment] # a plain attribute
@@ -76,6 +90,8 @@ def run(options: Namespace) -> None:
     achieved = plan.provenance.get("achieved_ratio")
     cut = "" if achieved is None else f", {achieved:.2%} of the decoder removed"
     print(f"saved: {target} (plan {plan.digest[:12]}{cut})")
+    if larger := loaded.stored_larger():
+        print(larger)
 
 
 def _report_beside(file: Path, plan: PruningPlan) -> PruningReport | None:

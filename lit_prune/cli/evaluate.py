@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lit_prune.cli.console import quiet_down, say, table
 from lit_prune.cli.options import add_model, add_text
 from lit_prune.config import PruningConfig
+from lit_prune.errors import ConfigError
 from lit_prune.report import format_value
 from lit_prune.whole_file import refuse_file, write_text
 
@@ -61,6 +62,12 @@ def run(options: Namespace) -> None:
     other = None
     if options.against is not None:  # before the first is measured: it may not be there
         other = load(options.against, dtype=options.dtype, device=options.device)
+        if config.latency_prompt_tokens and other.model.dtype != loaded.model.dtype:
+            raise ConfigError(
+                f"{options.model} is {loaded.model.dtype}, {options.against} {other.model.dtype}: "
+                "their latencies cannot be compared. Load both in one, by --dtype float32 say, or "
+                "skip latency (--latency_prompt_tokens 0)."
+            )
     rows, notes = collect_rows(loaded.model, loaded.batches(options), _ALL)
     rows = replace(rows, split=False)  # all of it is scored
     say(f"measuring {options.model}")

@@ -48,6 +48,8 @@ def run(options: Namespace) -> None:
         overwrite=options.overwrite,
         verify=options.verify,
     )
+    if loaded.tokenizer is None:
+        print(f"note: {options.model} holds no tokenizer, so {target} reads token ids, no text")
     files = sorted(target.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"saved: {target} ({size / 1e6:.1f} MB: {', '.join(file.name for file in files)})")

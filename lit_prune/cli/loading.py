@@ -29,10 +29,25 @@ _LONGEST = 2048
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its tokenizer; None where there is none."""
+    """A model with its tokenizer, None where there is none, and the dtype that it is stored in."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    stored: torch.dtype | None = None
+
+    def stored_larger(self) -> str:
+        """Say that the model will take more room than it did, where it was loaded in a wider dtype.
+
+        Empty where it was not.
+        """
+        now = self.model.dtype
+        if self.stored is None or now.itemsize <= self.stored.itemsize:
+            return ""
+        return (
+            f"note: saved in {now}, as it was loaded; the model it was made of is stored in "
+            f"{self.stored}, of which a number takes {self.stored.itemsize} bytes in place of "
+            f"{now.itemsize}"
+        )
 
     def batches(self, options: Namespace) -> DataLoader[dict[str, torch.Tensor]]:
         """Read the text that the options name.
@@ -80,19 +95,20 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
     """
     where = _device(device)
     say(f"loading {name} ({where})")
-    path = Path(name).expanduser()
+    path, stored = Path(name).expanduser(), None
     try:
         if (path / MANIFEST).is_file():
             wanted = None if dtype == "auto" else getattr(torch, dtype)
             model = load_pruned(path, device=where, dtype=wanted)
         else:
-            model = _plain(path if path.is_dir() else _hub(name, path), dtype).to(where)  # type: ignore[arg-type] # a device
+            plain, stored = _plain(path if path.is_dir() else _hub(name, path), dtype)
+            model = plain.to(where)  # type: ignore[arg-type] # a device
     except torch.OutOfMemoryError as error:
         raise ConfigError(f"{name} does not fit {where}: give --device cpu.") from error
     spec_for(model)
     if where.type == "cpu" and model.dtype != torch.float32:
         say(f"{model.dtype} on a CPU: --dtype float32 may be several times faster")
-    return Loaded(model.eval(), _tokenizer(path if path.is_dir() else name))
+    return Loaded(model.eval(), _tokenizer(path if path.is_dir() else name), stored)
 
 
 def calibration_of(options: Namespace, loaded: Loaded, config: PruningConfig) -> Calibration:
@@ -131,12 +147,13 @@ def _hub(name: str, path: Path) -> str:
     return name
 
 
-def _plain(source: Path | str, dtype: str) -> PreTrainedModel:
+def _plain(source: Path | str, dtype: str) -> tuple[PreTrainedModel, torch.dtype | None]:
+    """Return a model, and the dtype that its config says it is stored in."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        AutoConfig.from_pretrained(source)
+        stored = AutoConfig.from_pretrained(source).dtype
     except (OSError, ValueError, KeyError) as error:
         raise _no_model(source, error) from error
     try:
@@ -145,7 +162,7 @@ def _plain(source: Path | str, dtype: str) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _no_model(source, error) from error
-    return found  # type: ignore[no-any-return]
+    return found, stored
 
 
 def _no_model(source: Path | str, error: Exception) -> Exception:

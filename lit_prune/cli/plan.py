@@ -71,4 +71,5 @@ def run(options: Namespace) -> None:
         if planned.compensation is not None:
             planned.compensation.save(folder / "compensation.safetensors")
     print(report)
-    print(f"\nwritten: {target}\nmake it: lit-prune apply --model {options.model} --plan {target}")
+    again = f"lit-prune apply --model {options.model} --plan {target} --to pruned"
+    print(f"\nwritten: {target}\nmake it: {again}")

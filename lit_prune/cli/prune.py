@@ -70,6 +70,8 @@ def run(options: Namespace) -> None:
     )
     print(result.report)
     print(f"\nsaved: {target}\nload it: lit_prune.load_pruned({str(target)!r})")
+    if larger := loaded.stored_larger():
+        print(larger)
 
 
 def _refuse_unequal(config: PruningConfig, method: Method) -> None:

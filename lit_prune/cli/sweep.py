@@ -86,6 +86,11 @@ def run(options: Namespace) -> None:
         if any(point.mean_nll is not None for point in points):
             trade_off(points, dense_nll=dense).savefig(folder / "trade_off.png")
     print(_table(rows, dense))
+    tokens = calibration.rows.num_tokens("choose")
+    print(
+        f"note: on the {tokens:,} tokens of the choose side, units masked; `lit-prune prune` "
+        "scores on others, and its numbers differ"
+    )
     print(f"\nwritten: {target} ({', '.join(FILES)})")
 
 

@@ -34,6 +34,8 @@ class CausalLMModule(LightningModule):
             predictions; the rest is next-token loss.
         gradient_checkpointing: Compute activations twice, and keep few of them.
 
+    A checkpoint holds no arguments: give them again, ``load_from_checkpoint(path, model=...)``.
+
     Raises:
         ConfigError: If a number cannot be meant, or peft is missing.
 

@@ -173,7 +173,11 @@ class PreparedDirectory(Prepared):
             (
                 "With transformers alone. This runs the model file of this directory "
                 f"(`{self.code.name}`, its hash is in `MANIFEST.json`); read it first:",
-                [auto, "", f"model = {mapped}, trust_remote_code=True)"],
+                [auto, "", f"model = {mapped}, trust_remote_code=True)"]
+                + [
+                    line.replace(")", ", trust_remote_code=True)")
+                    for line in ([] if self.tokenizer is None else ours[-3:])
+                ],
             ),
         ]
 

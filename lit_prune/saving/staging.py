@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +79,15 @@ def staged(
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
 
 
+def _can_hold(folder: Path) -> bool:
+    """Try it: permissions do not tell of file systems that refuse all, and root is above them."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".lit_prune-", dir=folder):
+            return True
+    except OSError:
+        return False
+
+
 def refuse_target(target: Path, *, overwrite: bool, known: Collection[str] | None = None) -> None:
     """Refuse a directory that could not be written, before any work; arguments as of `staged`.
 
@@ -86,7 +96,7 @@ def refuse_target(target: Path, *, overwrite: bool, known: Collection[str] | Non
     """
     if not os.path.lexists(target):
         there = next(path for path in target.absolute().parents if os.path.exists(path))
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        if not (there.is_dir() and _can_hold(there)):
             what = "cannot be written to" if there.is_dir() else "is no directory"
             raise ArtifactError(f"{target} cannot be made: {there} {what}. Choose another place.")
         return

@@ -41,7 +41,7 @@ def apply_plan(
 
     Args:
         model: The model that the plan was made for, or the directory or hub name that transformers
-            loads it from, in the dtype that it is stored in.
+            loads it from, in the dtype that the plan was made in.
         plan: What stays, or the path of a ``plan.json``.
         compensation: Constants for what was cut, made for this plan and these weights, or the path
             of a ``compensation.safetensors``.
@@ -71,17 +71,18 @@ def apply_plan(
         plan = PruningPlan.load(Path(plan))
     if isinstance(compensation, str | Path):
         compensation = Compensation.load(Path(compensation))
-    dense = _loaded(model) if isinstance(model, str | Path) else model
+    dense = _loaded(model, plan) if isinstance(model, str | Path) else model
     with applied(text_view(dense), plan, compensation, verify=verify):
         return dense
 
 
-def _loaded(name: str | Path) -> PreTrainedModel:
+def _loaded(name: str | Path, plan: PruningPlan) -> PreTrainedModel:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name)
     auto: Any = getattr(transformers, auto_class(*(config.architectures or ("",))[:1]))
-    model: PreTrainedModel = auto.from_pretrained(name, dtype="auto")
+    dtype = plan.provenance.get("dtype", "auto")
+    model: PreTrainedModel = auto.from_pretrained(name, dtype=dtype)
     return model.eval()  # type: ignore[no-any-return] # untyped upstream
 
 

@@ -135,9 +135,10 @@ class Compensation:
             )
         if self.weights_digest != weights_digest(model):
             raise PlanMismatchError(
-                "compensation was made for other weights of this architecture: its constants "
-                "would be wrong. Make it again from a calibration of this model, or apply the "
-                "plan without it."
+                "compensation was made for other weights of this architecture, or for these in "
+                f"another dtype than {model.dtype}: its constants would be wrong. Load the model "
+                "in the dtype that the plan was made in, or make it again from a calibration of "
+                "this model."
             )
         spec = spec_for(model)
         gone = [(i, kind) for i, kind in self.constants if not plan.layers[i].kept(kind)]

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune import load_pruned
+from lit_prune import apply_plan, load_pruned
 from lit_prune.report import PruningReport
 from lit_prune.views.page.figures import percent
 from tests.cli.conftest import QUICK, UNVERIFIED
@@ -65,6 +65,47 @@ def test_a_plan_is_applied_to_the_model_that_was_pruned_at_once(
         torch.testing.assert_close(one, other, msg=name)
 
 
+def test_a_plan_without_its_compensation_is_applied_only_on_request(
+    lit_prune, model_directory, folder, tmp_path
+):
+    for name in ("plan.json", "report.json"):
+        (tmp_path / name).write_bytes((folder / "plan" / name).read_bytes())
+    words = ["apply", "--model", model_directory, "--plan", tmp_path, "--to", tmp_path / "bare"]
+    run = lit_prune(*words, *UNVERIFIED)
+    assert run.status == 1
+    assert "compensation.safetensors: there is no such file" in run.err
+    assert "--without_compensation" in run.err
+    assert not (tmp_path / "bare").exists()
+    run = lit_prune(*words, *UNVERIFIED, "--without_compensation")
+    assert (run.status, run.err) == (0, "")
+    # nobody measured this one
+    assert load_pruned(tmp_path / "bare").pruning_record.report is None
+
+
+def test_a_plan_is_applied_in_the_dtype_that_it_was_made_in(
+    lit_prune, model_directory, text, folder, tmp_path
+):
+    stored = tmp_path / "stored"
+    half = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    half.save_pretrained(stored)
+    AutoTokenizer.from_pretrained(model_directory).save_pretrained(stored)
+    given = ["--model", stored, "--text", text, *CALIBRATED, "--dtype", "float32"]
+    run = lit_prune("plan", *given, "--to", tmp_path / "plan", "--pruning_ratio", "0.3")
+    assert run.status == 0
+    printed = run.out.split("make it: lit-prune ")[1].split()
+    assert printed[-2:] == ["--to", "pruned"]
+    run = lit_prune(*printed[:-1], tmp_path / "applied", *UNVERIFIED)
+    assert run.status == 0
+    assert load_pruned(tmp_path / "applied").dtype == torch.float32
+    assert "saved in torch.float32" in run.out
+    assert "stored in torch.bfloat16" in run.out
+    files = (tmp_path / "plan" / name for name in ("plan.json", "compensation.safetensors"))
+    assert apply_plan(stored, *files).dtype == torch.float32
+    other = lit_prune(*printed[:-1], tmp_path / "other", *UNVERIFIED, "--dtype", "bfloat16")
+    assert other.status == 1
+    assert "or for these in another dtype than torch.bfloat16" in other.err
+
+
 def test_report_shows_again_what_was_pruned_and_what_is_planned(lit_prune, folder, tmp_path):
     page = tmp_path / "page.html"
     run = lit_prune("report", "--of", folder / "pruned", "--to", page)
@@ -92,6 +133,7 @@ def test_sweep_goes_by_the_calibration_of_a_plan(lit_prune, model_directory, fol
     plan = json.loads((folder / "plan" / "plan.json").read_text())
     assert float(rows[1]["achieved"]) == plan["provenance"]["achieved_ratio"]
     assert "cannot be reached" in rows[2]["note"]
+    assert "tokens of the choose side" in run.out
     assert {"sweep.json", "trade_off.png"} < {x.name for x in (folder / "sweep").iterdir()}
     page = folder / "with-curve.html"
     shown = lit_prune(
@@ -124,6 +166,18 @@ def test_evaluate_lays_two_models_side_by_side(lit_prune, model_directory, text,
     run = lit_prune("evaluate", "--model", model_directory, "--text", text, *QUICK)
     assert run.status == 0
     assert "prefill" not in run.out
+
+
+def test_dtypes_that_cannot_be_compared_are_refused_before_anything_is_measured(
+    lit_prune, model_directory, text, folder, tmp_path
+):
+    half = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path)
+    words = ["evaluate", "--model", folder / "pruned", "--against", tmp_path, "--text", text]
+    run = lit_prune(*words)
+    assert run.status == 2
+    assert "--dtype float32" in run.err
+    assert lit_prune(*words, *QUICK).status == 0
 
 
 def test_export_writes_another_format(lit_prune, folder):

@@ -179,6 +179,8 @@ def test_targets_that_are_in_the_way_are_refused_before_any_work(
     (tmp_path / "file").write_text("")
     run = prune(lit_prune, "./nowhere", text, tmp_path / "file" / "below")
     refused(run, 1, "is no directory")
+    if os.path.isdir("/proc"):  # writable, it says, and is not
+        refused(prune(lit_prune, "./nowhere", text, "/proc/x/y"), 1, "cannot be written to")
     run = lit_prune(
         "plan",
         "--model",

@@ -142,6 +142,19 @@ def test_the_three_answers_of_a_plain_success():
 
 
 @pytest.mark.parametrize(
+    ("disjoint", "words"), [(True, "on which nothing was decided"), (False, "optimistic")]
+)
+def test_what_the_cost_was_measured_on_is_said_as_it_is(disjoint, words):
+    plan = made_plan()
+    calibration = {"split": "in words", "disjoint_sides": disjoint}
+    conditions = {"perplexity": {"num_tokens": 1397}, "words": []}
+    report = made_report(plan, calibration=calibration, conditions=conditions)
+    found = card(page_of(report, plan), "What did it cost?")
+    assert "measured on 1,397 tokens" in found
+    assert words in found
+
+
+@pytest.mark.parametrize(
     ("times", "answer"),
     [
         ([timed()], "No gain to count on"),

@@ -66,9 +66,10 @@ def _cost(report: PruningReport) -> tuple[str, list[str]]:
         name, scored, kind = "Accuracy", report.conditions["classification"], "labels"
     facts = []
     if (count := scored.get(f"num_{kind}")) is not None:
-        facts.append(
-            f"measured on {count:,} {kind} of the text given, on which nothing was decided"
-        )
+        decided = "on which nothing was decided"
+        if not report.calibration.get("disjoint_sides", True):
+            decided = "by which it was pruned, too: optimistic, there was too little to split"
+        facts.append(f"measured on {count:,} {kind} of the text given, {decided}")
     if report.dry_run and all(one.after is None for one in report.rows):
         predicted = report.search.get("predicted_damage")
         if predicted is not None and report.search.get("sensitivity") in ("kl", "nll"):

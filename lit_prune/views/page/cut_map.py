@@ -33,7 +33,7 @@ def cut_map(outline: Outline, *, dry_run: bool) -> Element:
             tag("span", tag("span", class_="cell kept"), " kept"),
             tag("span", tag("span", class_="cell cut"), " cut (striped)"),
             "Attention is cut in KV groups, each with the query heads that it serves; an MLP in "
-            "channels, drawn in the order of their index.",
+            "channels, of which neighbours share a bar: as high as the share of them that is kept.",
             class_="legend",
         )
     ]
