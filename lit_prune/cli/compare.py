@@ -53,7 +53,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Run each preset, and lay them side by side."""
     from lit_prune.calibration import collect_rows
-    from lit_prune.cli.loading import load
+    from lit_prune.cli.loading import documents_of, load
     from lit_prune.decoder import quiet
     from lit_prune.methods import preset
     from lit_prune.metrics import perplexity_of
@@ -66,8 +66,11 @@ def run(options: Namespace) -> None:
     common = ("pruning_ratio", "max_calibration_tokens", "seed")
     request = PruningConfig(**{name: options[name] for name in common})
     configs = [preset(each).resolve(replace(request, preset=each)) for each in options.presets]
+    documents = documents_of(options)
     model = (loaded := load(options.model, dtype=options.dtype, device=options.device)).model
-    rows, _ = collect_rows(model, loaded.batches(options), request.max_calibration_tokens)
+    rows, _ = collect_rows(
+        model, loaded.batches(options, documents), request.max_calibration_tokens
+    )
     with quiet(model):
         batches = rows.batches("score", request.replay_batch_tokens)
         dense = perplexity_of(model, batches).perplexity

@@ -49,7 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Measure, and lay out."""
     from lit_prune.calibration import collect_rows
-    from lit_prune.cli.loading import load
+    from lit_prune.cli.loading import documents_of, load
     from lit_prune.measurement import conditions, measure, report_rows
 
     quiet_down()
@@ -58,6 +58,7 @@ def run(options: Namespace) -> None:
     target = None if options.to is None else Path(options.to)
     if target is not None:
         refuse_file(target, overwrite=options.overwrite)
+    documents = documents_of(options)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     other = None
     if options.against is not None:  # before the first is measured: it may not be there
@@ -68,7 +69,7 @@ def run(options: Namespace) -> None:
                 "their latencies cannot be compared. Load both in one, by --dtype float32 say, or "
                 "skip latency (--latency_prompt_tokens 0)."
             )
-    rows, notes = collect_rows(loaded.model, loaded.batches(options), _ALL)
+    rows, notes = collect_rows(loaded.model, loaded.batches(options, documents), _ALL)
     rows = replace(rows, split=False)  # all of it is scored
     say(f"measuring {options.model}")
     here = measure(loaded.model, rows, config)

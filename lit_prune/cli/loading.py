@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lit_prune.config import PruningConfig
 
 _LONGEST = 2048
+Documents = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,14 @@ class Loaded:
             f"{now.itemsize}"
         )
 
-    def batches(self, options: Namespace) -> DataLoader[dict[str, torch.Tensor]]:
-        """Read the text that the options name.
+    def batches(
+        self, options: Namespace, documents: Documents
+    ) -> DataLoader[dict[str, torch.Tensor]]:
+        """Cut documents into samples, and those into batches, as the options say.
 
         Raises:
-            ArtifactError: If it, or the tokenizer, cannot be read.
-            CalibrationError: If it is empty.
+            ArtifactError: If there is no tokenizer.
+            CalibrationError: If they are too short.
             ConfigError: If a number cannot be meant.
         """
         if self.tokenizer is None:
@@ -71,13 +74,35 @@ class Loaded:
             raise ConfigError(
                 f"context_length {length}: the model reads at most {longest} tokens at once."
             )
-        say(f"reading {options.text}")
-        documents = read_documents(
-            options.text, split=options.text_split, column=options.text_column
-        )
         windows = windows_of(documents, self.tokenizer, length)
         say(f"{sum(len(w.ids) for w in windows):,} tokens in {len(windows)} samples")
         return DataLoader(windows, options.batch_size, collate_fn=Padded())  # type: ignore[arg-type]
+
+
+def documents_of(options: Namespace) -> Documents:
+    """Read the text that the options name; before the model, which takes longer to load.
+
+    Raises:
+        ArtifactError: If it cannot be read.
+        CalibrationError: If it is empty.
+    """
+    say(f"reading {options.text}")
+    return read_documents(options.text, split=options.text_split, column=options.text_column)
+
+
+def source_of(options: Namespace) -> Documents | Calibration:
+    """Read the text, or the calibration that was made of it.
+
+    Raises:
+        ConfigError: If both are given, or none.
+        LitPruneError: If it cannot be read.
+    """
+    if (options.text is None) == (options.calibration is None):
+        raise ConfigError("give --text, or a --calibration that was made of it: exactly one.")
+    if options.text is not None:
+        return documents_of(options)
+    say(f"reading {options.calibration}")
+    return Calibration.load(Path(options.calibration))
 
 
 def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
@@ -111,20 +136,18 @@ def load(name: str, *, dtype: str = "auto", device: str = "auto") -> Loaded:
     return Loaded(model.eval(), _tokenizer(path if path.is_dir() else name), stored)
 
 
-def calibration_of(options: Namespace, loaded: Loaded, config: PruningConfig) -> Calibration:
-    """Read a calibration, or make one of the text.
+def calibration_of(
+    options: Namespace, loaded: Loaded, config: PruningConfig, source: Documents | Calibration
+) -> Calibration:
+    """Return a calibration, or make one of the text.
 
     Raises:
-        ConfigError: If both are given, or none.
         LitPruneError: As `Loaded.batches` and `lit_prune.measuring.calibrate`.
     """
-    if (options.text is None) == (options.calibration is None):
-        raise ConfigError("give --text, or a --calibration that was made of it: exactly one.")
-    if options.calibration is not None:
-        say(f"reading {options.calibration}")
-        return Calibration.load(Path(options.calibration))
+    if isinstance(source, Calibration):
+        return source
     most = config.max_calibration_tokens
-    rows, notes = collect_rows(loaded.model, loaded.batches(options), most)
+    rows, notes = collect_rows(loaded.model, loaded.batches(options, source), most)
     return calibrate(loaded.model, rows, config, notes=notes)
 
 
@@ -166,6 +189,8 @@ def _plain(source: Path | str, dtype: str) -> tuple[PreTrainedModel, torch.dtype
 
 
 def _no_model(source: Path | str, error: Exception) -> Exception:
+    from safetensors import SafetensorError
+
     words = " ".join(str(error).split())
     if "model type" in words and "not recognize" in words:
         kind = words.split("model type")[1].split()[0].strip("`'\"")
@@ -173,7 +198,17 @@ def _no_model(source: Path | str, error: Exception) -> Exception:
             f"{source} is of model type {kind!r}, which transformers does not know: see the "
             "families in the README, or install a transformers that knows it."
         )
+    if words.startswith("Unrecognized configuration class"):
+        kind = words.split("'")[1].rpartition(".")[2].removesuffix("Config")
+        return UnsupportedModelError(
+            f"{source} is a {kind} model, which transformers has no causal language model of: see "
+            "the families in the README."
+        )
     if isinstance(source, Path):
+        if isinstance(error, SafetensorError):
+            return ArtifactError(
+                f"{source} could not be loaded: {words:.300}. Is a file cut short?"
+            )
         if not (source / "config.json").is_file():
             return ArtifactError(f"{source} holds no config.json: it is no model directory.")
         return ArtifactError(f"{source} could not be loaded: {words:.300}")

@@ -47,7 +47,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Plan, and write what was planned."""
     from lit_prune.allocation import refuse_impossible
-    from lit_prune.cli.loading import calibration_of, load
+    from lit_prune.cli.loading import calibration_of, load, source_of
     from lit_prune.methods import preset
     from lit_prune.pruner import carry_out
     from lit_prune.saving import refuse_target, staged
@@ -58,9 +58,10 @@ def run(options: Namespace) -> None:
     config = preset(config.preset).resolve(config)
     target = Path(options.to)
     refuse_target(target, overwrite=options.overwrite, known=FILES)
+    source = source_of(options)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     refuse_impossible(loaded.model, config)
-    calibration = calibration_of(options, loaded, config)
+    calibration = calibration_of(options, loaded, config, source)
     planned, report = carry_out(loaded.model, calibration, config, dry_run="measured")
     with staged(target, overwrite=options.overwrite, num_bytes=0, known=FILES) as folder:
         (folder / "plan.json").write_text(planned.plan.to_json(), encoding="utf-8")

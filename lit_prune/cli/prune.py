@@ -41,7 +41,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Prune and save."""
-    from lit_prune.cli.loading import load
+    from lit_prune.cli.loading import documents_of, load
     from lit_prune.methods import preset
     from lit_prune.pruner import prune
     from lit_prune.saving import refuse_format, refuse_target, save_pruned
@@ -55,8 +55,9 @@ def run(options: Namespace) -> None:
     target, points = Path(options.to), points_of(options.sweep)
     refuse_format(options.format)
     refuse_target(target, overwrite=options.overwrite)
+    documents = documents_of(options)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
-    result = prune(loaded.model, loaded.batches(options), **request)
+    result = prune(loaded.model, loaded.batches(options, documents), **request)
     say(f"saving to {target}")
     save_pruned(
         loaded.model,

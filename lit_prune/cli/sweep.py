@@ -49,7 +49,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> None:
     """Plan every ratio, measure it, write it down."""
-    from lit_prune.cli.loading import calibration_of, load
+    from lit_prune.cli.loading import calibration_of, load, source_of
     from lit_prune.decoder import quiet
     from lit_prune.methods import preset
     from lit_prune.metrics import perplexity_of
@@ -64,8 +64,9 @@ def run(options: Namespace) -> None:
     config = PruningConfig.from_options({**request, "pruning_ratio": max(options.ratios)})
     config = preset(config.preset).resolve(config)
     refuse_target(target, overwrite=options.overwrite, known=FILES)
+    source = source_of(options)
     model = (loaded := load(options.model, dtype=options.dtype, device=options.device)).model
-    calibration = calibration_of(options, loaded, config)
+    calibration = calibration_of(options, loaded, config, source)
     with quiet(model):
         batches = calibration.rows.batches("choose", config.replay_batch_tokens)
         dense = perplexity_of(model, batches).mean_nll
