@@ -158,9 +158,7 @@ class PreparedDirectory(Prepared):
         mapped = f"{auto_class(self.class_name)}.from_pretrained({name!r}"
         auto = f"from transformers import {auto_class(self.class_name)}"
         ours = ["from lit_prune import load_pruned", "", f"model = load_pruned({name!r})"]
-        if self.tokenizer is not None:
-            ours += ["", "from transformers import AutoTokenizer", ""]
-            ours += [f"tokenizer = AutoTokenizer.from_pretrained({name!r})"]
+        ours += self._tokenizer_lines(f"{name!r}")
         if self.code is None:
             plain = [auto, "", f"model = {mapped})"]
             return [("", ours), ("With plain transformers, nothing else installed:", plain)]
@@ -173,13 +171,18 @@ class PreparedDirectory(Prepared):
             (
                 "With transformers alone. This runs the model file of this directory "
                 f"(`{self.code.name}`, its hash is in `MANIFEST.json`); read it first:",
-                [auto, "", f"model = {mapped}, trust_remote_code=True)"]
-                + [
-                    line.replace(")", ", trust_remote_code=True)")
-                    for line in ([] if self.tokenizer is None else ours[-3:])
+                [
+                    *(auto, "", f"model = {mapped}, trust_remote_code=True)"),
+                    *self._tokenizer_lines(f"{name!r}, trust_remote_code=True"),
                 ],
             ),
         ]
+
+    def _tokenizer_lines(self, arguments: str) -> list[str]:
+        if self.tokenizer is None:
+            return []
+        line = f"tokenizer = AutoTokenizer.from_pretrained({arguments})"
+        return ["", "from transformers import AutoTokenizer", "", line]
 
     @override
     def limits(self) -> list[str]:
