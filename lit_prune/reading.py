@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibration import regression_of
-from lit_prune.decoder import after_head, head_of, is_tied, scaled_norm, task_of
+from lit_prune.decoder import (
+    after_head,
+    head_alone_says_it,
+    head_of,
+    is_plain,
+    is_tied,
+    scaled_norm,
+    task_of,
+)
 from lit_prune.importance import AffineRefit, affine_refit
 
 if TYPE_CHECKING:
@@ -74,7 +82,8 @@ def head_map(
     A head with weights of its own gets a map as input projections do. Then one factor of all logits
     is fitted, so that the pruned model's distribution over the next token is as near to the dense
     one's as it can be, in KL divergence: it knows less, and would be too sure. A head that shares
-    its weights with the embeddings gets the factor alone. Classifiers keep their heads.
+    its weights with the embeddings gets the factor alone. Classifiers keep their heads, and so do
+    models of which we cannot tell what becomes of the logits.
 
     Args:
         parts: The dense model's parts.
@@ -94,6 +103,8 @@ def head_map(
         head is None
         or task_of(parts.model) != "next_token"
         or head.weight.shape[1] != parts.hidden_size
+        or not is_plain(head)
+        or not head_alone_says_it(parts.model)
         or (tied and not scaled_norm(parts.final_norm, 1.0))
     ):
         return None, {}

@@ -29,7 +29,7 @@ from lit_prune.calibration import (
     regression_of,
     two_streams,
 )
-from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
+from lit_prune.decoder import DecoderParts, SubBlock, is_plain, quiet, spec_for
 from lit_prune.importance import affine_refit
 from lit_prune.methods import preset
 from lit_prune.plan import LayerPlan, PruningPlan
@@ -182,7 +182,7 @@ def sequential_compensation(
                 ):
                     continue
                 so_far = _until(spec, plan, place)
-                if behind and kept:
+                if behind and kept and _reads_plainly(parts, place):
                     with masked(model, so_far, made, spec=spec):
                         _fit_inputs(parts, place, text, dampings, made)
                 columns = unit_columns(kept, part.unit_width)
@@ -278,6 +278,10 @@ def _fit_inputs(
             "damping": found.damping,
             "condition_number_at_most": found.condition,
         }
+
+
+def _reads_plainly(parts: DecoderParts, place: SubBlock) -> bool:
+    return all(is_plain(each.module) for each in parts.input_modules(*place))
 
 
 def _name(place: SubBlock) -> str:

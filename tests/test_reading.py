@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from lit_prune.decoder import after_head, head_of, is_tied, scaled_norm, spec_for
 from lit_prune.plan import LayerPlan, PruningPlan
@@ -180,6 +181,71 @@ def test_surgery_folds_the_maps_into_weights(family, dtype, tie):
             name: p.shape for name, p in other.named_parameters() if "bias" not in name
         }
     assert shapes[True] == shapes[False]
+
+
+class ScaledForCausalLM(LlamaForCausalLM):
+    """Does more to its logits than any class of transformers says in its config."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / 8
+        return output
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_head_is_left_alone_where_we_cannot_tell_what_becomes_of_its_logits(tie):
+    model = tiny_model(layers=3, tie=tie)
+    plan = PruningPlan(spec_for(model).fingerprint, LAYERS)
+    model.__class__ = ScaledForCausalLM
+    found = sequential_compensation(model, plan, ROWS)
+    assert found.head_map is None
+    assert found.input_maps
+
+
+class Louder(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+def test_what_is_more_than_its_weight_keeps_it():
+    """A projection of one's own class, one with another forward, a head: pruned all the same."""
+    model = tiny_model(layers=3)
+    model.lm_head.__class__ = Louder
+    reader = model.model.layers[2].mlp.gate_proj
+    plain = reader.forward
+    reader.forward = lambda x: plain(x) + 0.5
+    plan = PruningPlan(spec_for(model).fingerprint, LAYERS)
+    found = sequential_compensation(model, plan, ROWS)
+    assert found.head_map is None
+    assert (2, "mlp") not in found.input_maps
+    assert (2, "attention") in found.input_maps
+    apply_plan(model, plan, found)
+
+
+def test_hooks_of_the_user_on_a_tied_final_norm_stay_and_see_what_is_scaled():
+    model = tiny_model(layers=3, tie=True)
+    seen = []
+
+    def more(_module, _args, output):
+        assert output.ndim == 3
+        seen.append(output)
+        return output + 0.1
+
+    model.model.norm.register_forward_hook(more)
+    plan = PruningPlan(spec_for(model).fingerprint, LAYERS)
+    found = sequential_compensation(model, plan, ROWS)
+    assert found.head_map is not None
+    apply_plan(model, plan, found)  # compared with the masked model
+    assert seen
+
+
+def test_gemma_norms_are_scaled_to_the_last_bit_of_half_precision():
+    norm = tiny_model("gemma", layers=1).model.norm.to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.normal_(0, 0.05)
+    wanted = 0.9 * (1 + norm.weight.detach().double()) - 1
+    found = scaled_norm(norm, 0.9)["weight"]
+    assert torch.equal(found.to(torch.bfloat16), wanted.to(torch.bfloat16))
 
 
 def test_protected_layers_read_as_they_did():

@@ -11,6 +11,7 @@ from lit_prune.decoder.head import (
     Task,
     after_head,
     auto_class,
+    head_alone_says_it,
     head_of,
     is_tied,
     logits_of,
@@ -23,7 +24,7 @@ from lit_prune.decoder.infer import infer_family
 from lit_prune.decoder.locate import find_causal_lm
 from lit_prune.decoder.parts import DecoderParts
 from lit_prune.decoder.prices import Price, constant_bytes, shared_bytes, unit_prices
-from lit_prune.decoder.projections import Projection
+from lit_prune.decoder.projections import Projection, is_plain
 from lit_prune.decoder.quiet import quiet
 from lit_prune.decoder.registering import register_family
 from lit_prune.decoder.residual import LEADING, Remainder, SubBlock, all_kept, remainder
@@ -67,8 +68,10 @@ __all__ = [
     "family_of",
     "find_causal_lm",
     "fingerprint",
+    "head_alone_says_it",
     "head_of",
     "infer_family",
+    "is_plain",
     "is_tied",
     "logits_of",
     "media_tokens",

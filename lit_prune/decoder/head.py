@@ -5,6 +5,7 @@ The one place that knows; whoever needs logits, the head itself or a label's pos
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -112,15 +113,34 @@ def scaled_norm(norm: nn.Module, scale: float) -> dict[str, Tensor]:
     own = {name: parameter.detach() for name, parameter in norm.named_parameters()}
     if "weight" not in own:
         return {}
-    nothing = {name: torch.zeros_like(parameter) for name, parameter in own.items()}
+    bare: Any = copy.copy(norm)  # shares all but what it is given here
+    vars(bare)["_parameters"] = {name: torch.zeros_like(value) for name, value in own.items()}
     probe = torch.arange(len(own["weight"])).to(own["weight"])
-    with torch.no_grad():
-        left = torch.func.functional_call(norm, nothing, (probe,))
+    with torch.no_grad():  # the class's forward: hooks are the user's
+        left = type(norm).forward(bare, probe.reshape(1, 1, -1))
     more = 1.0 if bool(left.any()) else 0.0
+    exact = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in own.items()}
     return {
         name: scale * (value + more) - more if name == "weight" else scale * value
-        for name, value in own.items()
+        for name, value in exact.items()
     }
+
+
+def head_alone_says_it(model: nn.Module) -> bool:
+    """Return whether `after_head` of the head, on the final state, is what the model returns.
+
+    A class of one's own may do more to its logits than any of transformers does.
+    """
+    whole: Any = model
+    embeddings: Any = whole.get_input_embeddings()
+    ids = torch.arange(min(8, len(embeddings.weight)), device=embeddings.weight.device)[None]
+    with torch.no_grad():
+        hidden = whole.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        head: Any = head_of(model)
+        said, wanted = after_head(head(hidden), model), logits_of(model, input_ids=ids)
+    apart = (said.float() - wanted.float()).abs().max()
+    # of one forward, twice: the same operations but for a cast or two
+    return bool(apart <= 0.02 * wanted.float().abs().max())
 
 
 def logits_of(model: nn.Module, **inputs: Any) -> Tensor:

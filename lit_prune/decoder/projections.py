@@ -168,6 +168,23 @@ def is_projection(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module computes what its weight and bias say, and nothing else.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> is_plain(linear)
+        True
+        >>> linear.forward = lambda x: 2 * x
+        >>> is_plain(linear)
+        False
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    own = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return own and "forward" not in vars(module)
+
+
 def stores_transposed(module: nn.Module) -> bool:
     """Return whether a projection stores its weight as ``[in, out]``."""
     return is_projection(module) and not isinstance(module, nn.Linear)

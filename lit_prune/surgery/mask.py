@@ -90,11 +90,11 @@ def masked(
         if head_map is not None and head_map.ndim:
             handles.append(_read(Projection(head_of(model)), head_map))
         elif head_map is not None:
-            norm = parts.final_norm
-            handles.append(norm.register_forward_hook(partial(_scale, float(head_map))))
+            last: Any = parts.final_norm
+            handles.append(_Instead(last, partial(_scale, float(head_map), last.forward)))
         yield
     finally:
-        for handle in handles:
+        for handle in reversed(handles):
             handle.remove()
 
 
@@ -117,8 +117,8 @@ def _read(projection: Projection, input_map: Tensor) -> _Instead:
     return _Instead(projection.module, _projection(weight, projection.module.bias))
 
 
-def _scale(factor: float, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
-    return output * factor
+def _scale(factor: float, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return forward(hidden) * factor
 
 
 def _projection(
