@@ -130,9 +130,9 @@ def sequential_compensation(
     experts), and behind the last layer what the head reads (`head_map`).
 
     Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
-    ``8 * width * (width + hidden_size)`` bytes for each side, and five hidden
-    states ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary
-    directory where they would take more than the weights do.
+    ``8 * width * (width + hidden_size)`` bytes for each side, and five hidden states ``[tokens,
+    hidden_size]`` of that text in the dtype of the model, in a temporary directory where they would
+    take more than the weights do.
 
     Args:
         model: The dense model that the plan was made for; it is left as it was.

@@ -1,9 +1,13 @@
-"""A file that appears whole, or not at all, for who may read what is made beside it."""
+"""A file that appears whole, or not at all, for who may read what is made beside it.
+
+And where none could: seen before any work, not after it.
+"""
 
 from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from lit_prune.errors import ArtifactError
@@ -58,6 +62,29 @@ def write_text(path: Path, text: str) -> None:
         raise ArtifactError(f"{path} could not be written: {error}.") from error
 
 
+def in_the_way(folder: Path) -> str | None:
+    """Return why nothing can be made in a folder; None where it can.
+
+    It is tried, for a moment: permissions do not tell of file systems that refuse all, and root is
+    above them.
+
+    Args:
+        folder: One that is there.
+
+    Example:
+        >>> from pathlib import Path
+        >>> in_the_way(Path(__file__))
+        'is no directory'
+    """
+    if not folder.is_dir():
+        return "is no directory"
+    try:
+        with TemporaryDirectory(prefix=".lit_prune-", dir=folder):
+            return None
+    except OSError:
+        return "cannot be written to"
+
+
 def refuse_file(path: Path, *, overwrite: bool) -> None:
     """Refuse a file that could not be written, before any work.
 
@@ -71,8 +98,7 @@ def refuse_file(path: Path, *, overwrite: bool) -> None:
     parent = path.absolute().parent
     if path.is_dir():
         raise ArtifactError(f"{path} is a directory; name a file.")
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        what = "cannot be written to" if parent.is_dir() else "is no directory"
+    if (what := in_the_way(parent)) is not None:
         raise ArtifactError(f"{path} cannot be written: {parent} {what}. Choose another place.")
     if os.path.lexists(path) and not overwrite:
         raise ArtifactError(f"{path} exists. Pass overwrite=True to replace it, or name another.")

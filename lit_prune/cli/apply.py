@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_prune.cli.console import quiet_down, say
-from lit_prune.cli.options import add_model, add_saved
+from lit_prune.cli.options import add_model
+from lit_prune.cli.saved import add_saved, save, target_of
 from lit_prune.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -50,13 +51,10 @@ def run(options: Namespace) -> None:
     from lit_prune.cli.loading import load
     from lit_prune.plan import PruningPlan
     from lit_prune.record import PruningRecord
-    from lit_prune.saving import refuse_format, refuse_target, save_pruned
     from lit_prune.surgery import Compensation, apply_plan
 
     quiet_down()
-    target = Path(options.to)
-    refuse_format(options.format)
-    refuse_target(target, overwrite=options.overwrite)
+    target = target_of(options)
     file = Path(options.plan)
     file = file / "plan.json" if file.is_dir() else file
     if not file.is_file():
@@ -77,21 +75,10 @@ def run(options: Namespace) -> None:
     say("cutting")
     model = apply_plan(loaded.model, plan, compensation)
     model.pruning_record = PruningRecord(plan, report)  # type: ignore[assignment] # a plain attribute
-    say(f"saving to {target}")
-    save_pruned(
-        model,
-        target,
-        format=options.format,
-        tokenizer=loaded.tokenizer,
-        compensation=compensation,
-        overwrite=options.overwrite,
-        verify=options.verify,
-    )
+    notes = save(options, loaded, compensation=compensation)
     achieved = plan.provenance.get("achieved_ratio")
     cut = "" if achieved is None else f", {achieved:.2%} of the decoder removed"
-    print(f"saved: {target} (plan {plan.digest[:12]}{cut})")
-    if larger := loaded.stored_larger():
-        print(larger)
+    print(f"saved: {target} (plan {plan.digest[:12]}{cut})", *notes, sep="\n")
 
 
 def _report_beside(file: Path, plan: PruningPlan) -> PruningReport | None:

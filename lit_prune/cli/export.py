@@ -11,11 +11,11 @@ gguf: one file for llama.cpp; needs pip install 'lit-prune[gguf]'.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.cli.console import quiet_down, say
-from lit_prune.cli.options import add_model, add_saved
+from lit_prune.cli.console import quiet_down
+from lit_prune.cli.options import add_model
+from lit_prune.cli.saved import add_saved, save, target_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -32,24 +32,12 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Load, and save."""
     from lit_prune.cli.loading import load
-    from lit_prune.saving import refuse_format, refuse_target, save_pruned
 
     quiet_down()
-    target = Path(options.to)
-    refuse_format(options.format)
-    refuse_target(target, overwrite=options.overwrite)
+    target = target_of(options)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
-    say(f"saving to {target}")
-    save_pruned(
-        loaded.model,
-        target,
-        format=options.format,
-        tokenizer=loaded.tokenizer,
-        overwrite=options.overwrite,
-        verify=options.verify,
-    )
-    if loaded.tokenizer is None:
-        print(f"note: {options.model} holds no tokenizer, so {target} reads token ids, no text")
+    notes = save(options, loaded)
     files = sorted(target.iterdir())
     size = sum(file.stat().st_size for file in files)
-    print(f"saved: {target} ({size / 1e6:.1f} MB: {', '.join(file.name for file in files)})")
+    named = ", ".join(file.name for file in files)
+    print(f"saved: {target} ({size / 1e6:.1f} MB: {named})", *notes, sep="\n")

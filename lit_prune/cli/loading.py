@@ -36,20 +36,6 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase | None
     stored: torch.dtype | None = None
 
-    def stored_larger(self) -> str:
-        """Say that the model will take more room than it did, where it was loaded in a wider dtype.
-
-        Empty where it was not.
-        """
-        now = self.model.dtype
-        if self.stored is None or now.itemsize <= self.stored.itemsize:
-            return ""
-        return (
-            f"note: saved in {now}, as it was loaded; the model it was made of is stored in "
-            f"{self.stored}, of which a number takes {self.stored.itemsize} bytes in place of "
-            f"{now.itemsize}"
-        )
-
     def batches(
         self, options: Namespace, documents: Documents
     ) -> DataLoader[dict[str, torch.Tensor]]:

@@ -82,20 +82,6 @@ def add_target_directory(parser: ArgumentParser, what: str) -> None:
     )
 
 
-def add_saved(parser: ArgumentParser) -> None:
-    """Add where a model goes, and in which format."""
-    add_target_directory(parser, "the model")
-    parser.add_argument(
-        "--format", type=str, default="auto", help="auto, stock, heterogeneous, padded or gguf"
-    )
-    parser.add_argument(
-        "--verify",
-        type=bool,
-        default=True,
-        help="load it in a fresh process and compare, before it is put in place",
-    )
-
-
 def add_request(parser: ArgumentParser, *, targets: bool = True) -> None:
     """Add how much to prune, and how: the fields of `PruningConfig`.
 

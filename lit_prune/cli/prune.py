@@ -11,11 +11,11 @@ what was cut and what it cost lies in it as plan.json, report.json and README.md
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_prune.cli.console import quiet_down, say
-from lit_prune.cli.options import add_model, add_request, add_saved, add_text, request_of
+from lit_prune.cli.console import quiet_down
+from lit_prune.cli.options import add_model, add_request, add_text, request_of
+from lit_prune.cli.saved import add_saved, save, target_of
 from lit_prune.cli.swept import add_sweep, points_of
 from lit_prune.config import PruningConfig
 from lit_prune.errors import ConfigError
@@ -44,7 +44,6 @@ def run(options: Namespace) -> None:
     from lit_prune.cli.loading import documents_of, load
     from lit_prune.methods import preset
     from lit_prune.pruner import prune
-    from lit_prune.saving import refuse_format, refuse_target, save_pruned
 
     quiet_down()
     request = request_of(options)
@@ -52,27 +51,14 @@ def run(options: Namespace) -> None:
     config = (method := preset(config.preset)).resolve(config)
     if options.format == "stock":
         _refuse_unequal(config, method)
-    target, points = Path(options.to), points_of(options.sweep)
-    refuse_format(options.format)
-    refuse_target(target, overwrite=options.overwrite)
+    points, target = points_of(options.sweep), target_of(options)
     documents = documents_of(options)
     loaded = load(options.model, dtype=options.dtype, device=options.device)
     result = prune(loaded.model, loaded.batches(options, documents), **request)
-    say(f"saving to {target}")
-    save_pruned(
-        loaded.model,
-        target,
-        format=options.format,
-        tokenizer=loaded.tokenizer,
-        compensation=result.compensation,
-        overwrite=options.overwrite,
-        verify=options.verify,
-        sweep=points,
-    )
+    notes = save(options, loaded, compensation=result.compensation, sweep=points)
     print(result.report)
-    print(f"\nsaved: {target}\nload it: lit_prune.load_pruned({str(target)!r})")
-    if larger := loaded.stored_larger():
-        print(larger)
+    load_it = f"load it: lit_prune.load_pruned({str(target)!r})"
+    print("", f"saved: {target}", load_it, *notes, sep="\n")
 
 
 def _refuse_unequal(config: PruningConfig, method: Method) -> None:

@@ -25,6 +25,9 @@ TASKS: dict[str, Task] = {
 # Of the classifiers; transformers names it by one of these.
 _HEADS = ("score", "classifier")
 IGNORED_LABEL = -100
+# Fields of the config that say what becomes of logits, each with the value of "nothing": a factor,
+# a divisor, and what they stay below.
+AFTER_THE_HEAD = {"logit_scale": None, "logits_scaling": 1.0, "final_logit_softcapping": None}
 
 
 def task_named(class_name: str) -> Task | None:
@@ -81,13 +84,12 @@ def after_head(logits: Tensor, model: nn.Module) -> Tensor:
         >>> after_head(torch.tensor([1.0, 4.0]), granite)
         tensor([0.5000, 2.0000])
     """
-    config: Any = model.config
     if task_of(model) != "next_token":
         return logits
-    factor = (getattr(config, "logit_scale", None) or 1.0) / (
-        getattr(config, "logits_scaling", None) or 1.0
+    scale, divisor, cap = (
+        getattr(model.config, name, none) for name, none in AFTER_THE_HEAD.items()
     )
-    cap = getattr(config, "final_logit_softcapping", None)
+    factor = (scale or 1.0) / (divisor or 1.0)
     if factor != 1.0:
         logits = logits * factor
     return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from lit_prune.decoder.head import AFTER_THE_HEAD
 from lit_prune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 WRAPPERS = ("gemma3", "llava", "mistral3")
 _END = "ForConditionalGeneration"
 _MEDIA = ("image_token_id", "video_token_id", "audio_token_id")
-# What the family's own class does to logits, and a wrapper does not; each with the value of none.
-_AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": None}
 # One view for each wrapper, so that "the model" stays the same object.
 _views: weakref.WeakKeyDictionary[nn.Module, PreTrainedModel] = weakref.WeakKeyDictionary()
 _wholes: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PreTrainedModel]] = (
@@ -106,7 +105,7 @@ def _refuse_inexact(model: PreTrainedModel, config: Any) -> None:  # noqa: ANN40
             f"the text model of {name} has another config object than config.text_config: pruning "
             "could not keep the two alike. Build it from one config."
         )
-    for option, none in _AFTER_THE_HEAD.items():
+    for option, none in AFTER_THE_HEAD.items():  # a wrapper does none of that
         value = getattr(config, option, none)
         if value not in (None, none):
             raise UnsupportedModelError(

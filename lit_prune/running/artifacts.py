@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from lit_prune.errors import ArtifactError
 from lit_prune.running.loops import is_rehearsal
 from lit_prune.views.html import REPORT_PAGE, page_of
-from lit_prune.whole_file import whole_file
+from lit_prune.whole_file import in_the_way, whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +45,7 @@ class Artifacts:
     def of(cls, trainer: Trainer) -> Self:
         """Find the folder; call it on every rank, before the run starts.
 
-        Nothing is written for that.
+        Nothing stays written for that.
 
         Raises:
             ArtifactError: If it could not be written to. Names what is in the way.
@@ -55,8 +55,7 @@ class Artifacts:
             return cls(None)
         folder = Path(root) / "pruning"
         there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            what = "cannot be written to" if there.is_dir() else "is no folder"
+        if (what := in_the_way(there)) is not None:
             raise ArtifactError(
                 f"calibration, plan and report go to {folder}, and {there} {what}. Make it "
                 "writable, or give the Trainer another default_root_dir (or its logger another "

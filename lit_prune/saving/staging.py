@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from lit_prune.errors import ArtifactError
 from lit_prune.saving.files import sync
 from lit_prune.saving.manifest import MANIFEST, Manifest
+from lit_prune.whole_file import in_the_way
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -79,15 +79,6 @@ def staged(
         shutil.rmtree(temporary, ignore_errors=True)  # gone already where all went well
 
 
-def _can_hold(folder: Path) -> bool:
-    """Try it: permissions do not tell of file systems that refuse all, and root is above them."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".lit_prune-", dir=folder):
-            return True
-    except OSError:
-        return False
-
-
 def refuse_target(target: Path, *, overwrite: bool, known: Collection[str] | None = None) -> None:
     """Refuse a directory that could not be written, before any work; arguments as of `staged`.
 
@@ -96,8 +87,7 @@ def refuse_target(target: Path, *, overwrite: bool, known: Collection[str] | Non
     """
     if not os.path.lexists(target):
         there = next(path for path in target.absolute().parents if os.path.exists(path))
-        if not (there.is_dir() and _can_hold(there)):
-            what = "cannot be written to" if there.is_dir() else "is no directory"
+        if (what := in_the_way(there)) is not None:
             raise ArtifactError(f"{target} cannot be made: {there} {what}. Choose another place.")
         return
     if not target.is_dir():

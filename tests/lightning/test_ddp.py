@@ -127,7 +127,7 @@ def test_f35_cap_holds_for_all_ranks_together(ranks):
         ("measuring_on_0", ["ZeroDivisionError", "RankError"], "a cosmic ray"),
         ("replay_on_1", ["RankError", "ZeroDivisionError"], "a cosmic ray"),
         ("other_cut_on_1", ["RankError"] * 2, "pruned models differ"),
-        ("unwritable", ["ArtifactError"] * 2, "is no folder"),
+        ("unwritable", ["ArtifactError"] * 2, "is no directory"),
     ],
 )
 def test_f35_error_on_one_rank_ends_all_with_it(ranks, scenario, kinds, words):

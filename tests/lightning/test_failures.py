@@ -1,5 +1,8 @@
 """F11-F18: whatever fails, wherever: the model as it was, no hook left, the run's samples kept."""
 
+import errno
+import tempfile
+
 import lightning as L
 import pytest
 import torch
@@ -301,17 +304,24 @@ def test_f39_a_folder_that_cannot_be_written_to_is_refused_in_setup(tmp_path):
     (tmp_path / "pruning").write_text("in the way")
     callback, module = pruner(), frozen(LM())
     before = state_digest(module)
-    with pytest.raises(ArtifactError, match=r"pruning is no folder\. Make it writable, or give"):
+    with pytest.raises(ArtifactError, match=r"pruning is no directory\. Make it writable, or give"):
         fit(tmp_path, module, callback)
     assert module.losses == []
     assert state_digest(module) == before
-    with pytest.raises(ArtifactError, match="pruning is no folder"):
+    with pytest.raises(ArtifactError, match="pruning is no directory"):
         trainer(tmp_path, callback).validate(module, loader(), verbose=False)
     assert module.validations == 0
 
 
 def test_f39_a_read_only_folder_is_refused_in_setup(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    made = tempfile.TemporaryDirectory
+
+    def read_only(**options):  # root may write anywhere
+        if options["dir"] == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path))
+        return made(**options)
+
+    monkeypatch.setattr("lit_prune.whole_file.TemporaryDirectory", read_only)
     with pytest.raises(ArtifactError, match=r"and .* cannot be written to\. Make it writable"):
         fit(tmp_path, LM(), pruner())
     assert list(tmp_path.iterdir()) == []
