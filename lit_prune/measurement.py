@@ -226,7 +226,8 @@ def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]
             work = f"one forward over {one.prompt_tokens} tokens (a classifier decodes nothing)"
         words.append(
             f"latency: {one.device}, {one.dtype}, batch {sizes}, {work}, median of "
-            f"{one.repetitions} after {one.warmup} warm-up runs; spreads are interquartile ranges"
+            f"{one.repetitions} after {one.warmup} warm-up runs; spreads are interquartile ranges "
+            "and what threads waited for processors that other work held"
         )
         whole["latency"] = [{"before": asdict(latency)} for latency in before.latencies]
     if before.latencies and after is not None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _TILED = ("float16", "bfloat16")
 # A step for many sequences that takes less than this share of their number is not bound by sums.
 _FLAT = 0.5
+# On an idle machine threads wait for a processor for one or two hundredths of the time.
+_BUSY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +113,15 @@ def gains(
     found = []
     for one, other in zip(before, after, strict=True):
         comparison = compare(one, other)
+        load = _load(one, other)
         prefill = _prefill(comparison.prefill, one, dense, pruned)
+        if load and not comparison.prefill.measurable:
+            prefill = load
         decode = flat = ""
         if comparison.decode is not None:  # a classifier decodes nothing
             decode = _decode(comparison.decode, other, dense, pruned)
+            if load and not comparison.decode.measurable:
+                decode = load
             flat = "" if comparison.decode.claim else _flat(other, after)
         found.append(
             Gain(
@@ -125,6 +132,18 @@ def gains(
             )
         )
     return tuple(found)
+
+
+def _load(one: LatencyResult, other: LatencyResult) -> str:
+    """Say that the machine did other work during a measurement, where it did."""
+    before, after = (result.waited or 0.0 for result in (one, other))
+    if max(before, after) < _BUSY:
+        return ""
+    return (
+        f"Threads waited for processors that other work held, {before:.0%} of the time before and "
+        f"{after:.0%} after (all threads together): measure again on a machine that does nothing "
+        "else"
+    )
 
 
 def _decode(

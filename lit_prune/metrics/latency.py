@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_prune.decoder import logits_of, task_of
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
+from lit_prune.metrics.waiting import waited_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,9 @@ class LatencyResult:
         decode_seconds_per_token: Median time of one decoding step (all sequences advance by one
             token); None where nothing is decoded.
         decode_spread: Its interquartile range, seconds.
+        waited: How long threads of this process waited, while this was measured, for processors
+            that other work held, as a share of that time; all threads added up, so it may exceed
+            1. None where the system does not say.
     """
 
     device: str
@@ -55,6 +59,7 @@ class LatencyResult:
     prefill_spread: float
     decode_seconds_per_token: float | None = None
     decode_spread: float | None = None
+    waited: float | None = None
 
     @property
     def whole_seconds(self) -> float:
@@ -189,10 +194,15 @@ def measure_latency(
     parameter = next(model.parameters())
     prompt_ids = prompt_ids.to(parameter.device)
     metric = Latency(sync_on_compute=False)
-    for run in range(warmup + repetitions):
+    for _ in range(warmup):
+        _time_once(model, prompt_ids, new_tokens, clock)
+    started, waited = time.perf_counter(), waited_seconds()
+    for _ in range(repetitions):
         prefill_seconds, decode_seconds = _time_once(model, prompt_ids, new_tokens, clock)
-        if run >= warmup:
-            metric.update(prefill_seconds, decode_seconds / new_tokens if decodes else None)
+        metric.update(prefill_seconds, decode_seconds / new_tokens if decodes else None)
+    if waited is not None:
+        now = waited_seconds() or 0.0  # a thread that ended takes its count along
+        waited = max(now - waited, 0.0) / (time.perf_counter() - started)
     return LatencyResult(
         device=device_words(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
@@ -201,6 +211,7 @@ def measure_latency(
         new_tokens=new_tokens,
         warmup=warmup,
         repetitions=repetitions,
+        waited=waited,
         **{name: float(value) for name, value in metric.compute().items()},
     )
 

@@ -20,8 +20,9 @@ class Speedup:
     Attributes:
         phase: ``"prefill"`` or ``"decode"``.
         ratio: Above 1 is faster.
-        spread: How far ``ratio`` may lie from 1 by noise alone: the interquartile ranges of both
-            measurements, added, as a fraction of the time after.
+        spread: How far ``ratio`` may lie from 1 by noise and other load alone: the interquartile
+            ranges of both measurements, and what their threads waited for processors, added, as a
+            fraction of the time after.
     """
 
     phase: str
@@ -86,6 +87,9 @@ class LatencyComparison:
 def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:
     """Compare two latencies; inside the spread no speed-up is claimed.
 
+    Load that was there in one measurement and not in the other lies outside the range of either:
+    what threads waited for processors counts as spread, too.
+
     Args:
         before: Latency of the dense model.
         after: Latency of the pruned model.
@@ -122,15 +126,26 @@ def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:
         decode = Speedup(
             phase="decode",
             ratio=before.decode_seconds_per_token / after.decode_seconds_per_token,
-            spread=((before.decode_spread or 0) + (after.decode_spread or 0))
+            spread=(_unsure(before, "decode") + _unsure(after, "decode"))
             / after.decode_seconds_per_token,
         )
     return LatencyComparison(
         prefill=Speedup(
             phase="prefill",
             ratio=before.prefill_seconds / after.prefill_seconds,
-            spread=(before.prefill_spread + after.prefill_spread) / after.prefill_seconds,
+            spread=(_unsure(before, "prefill") + _unsure(after, "prefill")) / after.prefill_seconds,
         ),
         decode=decode,
         batch_size=before.batch_size,
     )
+
+
+def _unsure(one: LatencyResult, phase: str) -> float:
+    """Return the seconds of a phase that may be noise or other load."""
+    seconds, spread = (
+        (one.prefill_seconds, one.prefill_spread)
+        if phase == "prefill"
+        else (one.decode_seconds_per_token or 0.0, one.decode_spread or 0.0)
+    )
+    # other load that lasts shifts every repetition: no range over them shows it
+    return spread + (one.waited or 0.0) * seconds

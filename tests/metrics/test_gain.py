@@ -57,6 +57,18 @@ def test_a_spread_wider_than_all_there_is_to_gain_is_said_and_nothing_else():
     assert "A prompt takes 30% fewer operations: 1.42x faster at most" in found.prefill_reason
 
 
+def test_a_machine_that_did_other_work_is_the_reason():
+    found = gain(prefill_seconds=4.0, decode_seconds_per_token=0.4, waited=1.5)
+    assert "no measurable difference: 0.25x" in gain_words([found])[0]
+    assert found.prefill_reason == found.decode_reason
+    assert "0% of the time before and 150% after" in found.prefill_reason
+    idle = gain(waited=0.02)  # as threads wait on an idle machine, too
+    assert "Threads waited" not in idle.decode_reason
+    plain = gain(prefill_seconds=0.5, decode_seconds_per_token=0.05, waited=0.1)
+    assert plain.comparison.claim
+    assert "Threads waited" not in plain.prefill_reason
+
+
 def test_slower_outside_the_spread_has_a_reason_too():
     found = gain(decode_seconds_per_token=0.2)
     assert "decode: slower: 0.50x" in gain_words([found])[1]

@@ -1,7 +1,10 @@
 """Latency with a clock of our own, on a real tiny model, and what a comparison may claim."""
 
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,6 +132,42 @@ def test_inside_the_spread_nothing_is_claimed(after):
     assert not comparison.prefill.measurable
     assert "no measurable difference" in comparison.prefill.words
     assert "lies inside the spread of ±" in comparison.prefill.words
+
+
+def test_what_threads_waited_counts_as_spread():
+    alone = result(waited=0.0)
+    # 4 s in place of 1 s, 3.6 s of them waiting: without that 0.4 s, which would be faster
+    crowded = compare(alone, result(prefill_seconds=4.0, waited=0.9)).prefill
+    assert (crowded.ratio, crowded.measurable) == (0.25, False)
+    # 2 s of them: 2 s are left, and slower
+    slower = compare(alone, result(prefill_seconds=4.0, waited=0.5)).prefill
+    assert slower.measurable
+    assert slower.spread == pytest.approx((0.03 + 0.03 + 2) / 4)
+    # the other way about nothing is claimed by waiting less
+    assert not compare(result(prefill_seconds=4.0, waited=0.9), alone).claim
+    unknown = compare(result(waited=None), result(waited=None))
+    assert unknown.prefill.spread == pytest.approx(0.06)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how long threads waited")
+def test_other_work_on_the_same_processor_is_seen():
+    model, here = tiny_model(), os.sched_getaffinity(0)
+    processor = min(here)
+    spinning = subprocess.Popen(
+        [sys.executable, "-c", f"import os; os.sched_setaffinity(0, [{processor}])\nwhile 1: pass"]
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, [processor])
+        measure_latency(model, PROMPT, new_tokens=64)  # until the other runs
+        waited = measure_latency(model, PROMPT, new_tokens=64).waited
+    finally:
+        spinning.kill()
+        spinning.wait()
+        os.sched_setaffinity(0, here)
+        torch.set_num_threads(threads)
+    assert 0.2 < waited < 0.95  # two that want all of one processor: about a half each
 
 
 def test_example_of_the_words():
