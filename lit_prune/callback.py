@@ -313,8 +313,7 @@ class EntropyPruningCallback(Callback):
         return save_pruned(model, directory, **options)
 
     @override
-    def state_dict(self) -> dict[str, str]:
-        # text only: it loads with weights_only=True
+    def state_dict(self) -> dict[str, str]:  # text only: it loads with weights_only=True
         plan = self._restored if self._model is None else self.plan_
         return {"plan": "" if plan is None else plan.to_json()}
 
@@ -327,7 +326,8 @@ class EntropyPruningCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        remember_plan(pl_module, self.config.language_model, checkpoint, self.state_key)
+        language_model = self.config.language_model
+        self._restored = remember_plan(pl_module, language_model, checkpoint, self.state_key)
 
     @property
     def _stage(self) -> str:

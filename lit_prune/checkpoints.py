@@ -75,20 +75,26 @@ def _take(
 
 def remember_plan(
     module: nn.Module, language_model: str | None, checkpoint: dict[str, Any], callback: str
-) -> None:
+) -> PruningPlan | None:
     """Put the plan that a checkpoint carries on the model that took its structure.
+
+    In every stage: Lightning itself restores the states of callbacks in a fit alone.
 
     Args:
         module: Holds the language model; the weights of the checkpoint are in it.
         language_model: Its path in ``module``, where there are several.
         checkpoint: As Lightning reads it.
         callback: Under which name the callback's state lies there.
+
+    Returns:
+        The plan; None where the checkpoint is of no pruned model.
     """
     text = checkpoint.get("callbacks", {}).get(callback, {}).get("plan", "")
     if not text:
-        return
+        return None
     model, plan = find_causal_lm(module, language_model), PruningPlan.from_json(text)
     record = getattr(model, "pruning_record", None)
     if record is None or record.plan.digest != plan.digest:  # else it has its report, too
         for part in {model, whole_of(model)}:
             part.pruning_record = PruningRecord(plan)  # type: ignore[assignment]
+    return plan

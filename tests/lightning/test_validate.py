@@ -70,6 +70,28 @@ def test_second_validate_does_not_prune_again(tmp_path):
     assert decoder_parameters(module.lm) == size
 
 
+@pytest.mark.event(
+    "Checkpoints",
+    "`trainer.validate(ckpt_path=...)` of a pruned file",
+    "measured, not pruned again",
+)
+def test_validate_of_a_pruned_file_does_not_prune_again(tmp_path):
+    """Lightning restores the state of callbacks in a fit alone."""
+    first, module = pruner(), LM()
+    one = fit(tmp_path / "fit", module, first)
+    one.save_checkpoint(tmp_path / "pruned.ckpt")
+    pruned, other, callback = decoder_parameters(module.lm), LM(), pruner(when="validate")
+    two = trainer(tmp_path / "validate", callback)
+    two.validate(other, loader(), ckpt_path=tmp_path / "pruned.ckpt", verbose=False)
+    assert decoder_parameters(other.lm) == pruned
+    assert not hasattr(callback, "plan_")
+    assert other.lm.pruning_record.plan.digest == first.plan_.digest
+    # a dense one with the same callback is
+    two.validate(dense := LM(), loader(), verbose=False)
+    assert decoder_parameters(dense.lm) < pruned * 1.02
+    assert hasattr(callback, "plan_")
+
+
 def test_fit_before_it_is_not_observed(tmp_path):
     callback, module = pruner(when="validate"), LM()
     one = fit(tmp_path, module, callback)
