@@ -73,6 +73,7 @@ def save(options: Namespace, loaded: Loaded, **more: Any) -> list[str]:
     if stored is not None and now.itemsize > stored.itemsize:
         notes.append(
             f"note: saved in {now}, as it was loaded: {now.itemsize} bytes a number; "
-            f"{options.model} is stored in {stored}, {stored.itemsize} bytes"
+            f"{options.model} is stored in {stored}, {stored.itemsize} bytes. lit-prune export "
+            f"--dtype {str(stored).removeprefix('torch.')} rounds it to that"
         )
     return notes

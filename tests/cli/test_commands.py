@@ -99,6 +99,10 @@ def test_a_plan_is_applied_in_the_dtype_that_it_was_made_in(
     assert load_pruned(tmp_path / "applied").dtype == torch.float32
     assert "saved in torch.float32" in run.out
     assert "stored in torch.bfloat16" in run.out
+    assert "lit-prune export --dtype bfloat16" in run.out
+    to = ["--model", tmp_path / "applied", "--to", tmp_path / "rounded", *UNVERIFIED]
+    assert lit_prune("export", *to, "--dtype", "bfloat16").status == 0
+    assert load_pruned(tmp_path / "rounded").dtype == torch.bfloat16
     files = (tmp_path / "plan" / name for name in ("plan.json", "compensation.safetensors"))
     assert apply_plan(stored, *files).dtype == torch.float32
     other = lit_prune(*printed[:-1], tmp_path / "other", *UNVERIFIED, "--dtype", "bfloat16")
