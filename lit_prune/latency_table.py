@@ -10,7 +10,7 @@ import torch
 
 from lit_prune.decoder import task_of
 from lit_prune.errors import CalibrationError
-from lit_prune.metrics import device_words, measure_sub_blocks
+from lit_prune.metrics import BUSY, device_words, measure_sub_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +94,13 @@ def table_words(model: PreTrainedModel, calibration: Calibration) -> tuple[str, 
         for name, value in here.items()
         if conditions[name] != value
     ]
+    waited = conditions.get("waited") or 0.0
+    if waited >= BUSY:
+        words.append(
+            f"while the latency table was measured, threads waited for processors that other work "
+            f"held for {waited:.0%} of the time (all threads together): its times are too long, "
+            "and not all by as much. Calibrate again on a machine that does nothing else"
+        )
     return tuple(words)
 
 

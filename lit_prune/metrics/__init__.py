@@ -9,8 +9,10 @@ from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexit
 from lit_prune.metrics.quality import Quality, quality_of
 from lit_prune.metrics.speedup import LatencyComparison, Speedup, compare
 from lit_prune.metrics.sub_block_latency import SubBlockLatency, measure_sub_blocks
+from lit_prune.metrics.waiting import BUSY
 
 __all__ = [
+    "BUSY",
     "ClassificationResult",
     "Footprint",
     "FootprintResult",

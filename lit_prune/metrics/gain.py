@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lit_prune.metrics.speedup import compare
+from lit_prune.metrics.waiting import BUSY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 _TILED = ("float16", "bfloat16")
 # A step for many sequences that takes less than this share of their number is not bound by sums.
 _FLAT = 0.5
-# On an idle machine threads wait for a processor for one or two hundredths of the time.
-_BUSY = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +136,7 @@ def gains(
 def _load(one: LatencyResult, other: LatencyResult) -> str:
     """Say that the machine did other work during a measurement, where it did."""
     before, after = (result.waited or 0.0 for result in (one, other))
-    if max(before, after) < _BUSY:
+    if max(before, after) < BUSY:
         return ""
     return (
         f"Threads waited for processors that other work held, {before:.0%} of the time before and "

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_prune.decoder import logits_of, task_of
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.exact import ExactMetric
-from lit_prune.metrics.waiting import waited_seconds
+from lit_prune.metrics.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -196,13 +196,11 @@ def measure_latency(
     metric = Latency(sync_on_compute=False)
     for _ in range(warmup):
         _time_once(model, prompt_ids, new_tokens, clock)
-    started, waited = time.perf_counter(), waited_seconds()
+    waiting = Waiting()
     for _ in range(repetitions):
         prefill_seconds, decode_seconds = _time_once(model, prompt_ids, new_tokens, clock)
         metric.update(prefill_seconds, decode_seconds / new_tokens if decodes else None)
-    if waited is not None:
-        now = waited_seconds() or 0.0  # a thread that ended takes its count along
-        waited = max(now - waited, 0.0) / (time.perf_counter() - started)
+    waited = waiting.share()
     return LatencyResult(
         device=device_words(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),

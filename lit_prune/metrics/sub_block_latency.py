@@ -17,6 +17,7 @@ from lit_prune.decoder import DecoderParts, SubBlock, call_of, quiet, spec_for
 from lit_prune.decoder.projections import kept_lines, stores_transposed
 from lit_prune.errors import ConfigError
 from lit_prune.metrics.latency import device_words, synchronize
+from lit_prune.metrics.waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,8 @@ class SubBlockLatency:
     Attributes:
         seconds: For each sub-block, rows of (kept units, median seconds), ``[widths, 2]``, float64.
         conditions: Device in words, dtype, batch size, prompt and new tokens, warm-up and
-            repetitions; JSON-able.
+            repetitions, and the share of the time that threads waited for processors (None where
+            the system does not say); JSON-able.
     """
 
     seconds: dict[SubBlock, Tensor]
@@ -98,6 +100,7 @@ def measure_sub_blocks(
         shapes.setdefault((replace(part, name=""), keys, dtype), []).append((index, part.kind))
     units = {(index, part.kind): part.num_units for index, part in spec.sub_blocks}
     seconds: dict[SubBlock, Tensor] = {}
+    waiting = Waiting()
     with quiet(model):
         ids = torch.ones((batch_size, prompt_tokens), dtype=torch.int64, device=parameter.device)
         recorded = _record(parts, [places[0] for places in shapes.values()], ids, new_tokens)
@@ -120,6 +123,7 @@ def measure_sub_blocks(
         "new_tokens": new_tokens,
         "warmup": warmup,
         "repetitions": repetitions,
+        "waited": waiting.share(),
     }
     return SubBlockLatency(seconds=dict(sorted(seconds.items())), conditions=conditions)
 

@@ -310,6 +310,13 @@ def test_a_table_of_another_device_is_used_and_said(model, calibration):
     assert here.digest == plan.digest
 
 
+def test_a_table_of_a_busy_machine_is_used_and_said(model, calibration):
+    for waited, said in ((0.4, True), (0.01, False), (None, False)):
+        there = replace(calibration, latency_conditions=CONDITIONS | {"waited": waited})
+        notes = " ".join(planned(model, there, "latency").plan.provenance["budget"]["notes"])
+        assert ("held for 40% of the time" in notes) == said
+
+
 # --------------------------------------------------------------------------- what is reported
 
 
