@@ -16,21 +16,20 @@ References:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+import torch
 from tqdm.auto import tqdm
 
 from lit_prune.calibration import (
-    RegressionMoments,
     TwoStreams,
     out_of_memory_in,
-    regression_of,
     two_streams,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, is_plain, quiet, spec_for
-from lit_prune.importance import affine_refit
+from lit_prune.inner import fit_inner, has_inner
 from lit_prune.methods import preset
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.planning import describe
@@ -40,12 +39,13 @@ from lit_prune.surgery import (
     Compensation,
     fallback_notes,
     masked,
-    unit_columns,
     weights_digest,
 )
+from lit_prune.writing import fit_output, name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel
 
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lit_prune.config import PruningConfig
     from lit_prune.decoder import DecoderSpec
     from lit_prune.planning import Planned
+    from lit_prune.writing import Written
 
 _SIDES: tuple[Side, Side] = ("calibrate", "choose")
 
@@ -127,10 +128,11 @@ def sequential_compensation(
     makes up for what the attention could not.
 
     Before that, behind the first cut, what the sub-block reads is fitted (`input_map`; not of
-    experts), and behind the last layer what the head reads (`head_map`).
+    experts), and behind the last layer what the head reads (`head_map`). After it, what lies inside
+    (`fit_inner`), and the output projection once more.
 
     Costs about four forwards over the calibrate and the choose side, one layer at a time; memory:
-    ``8 * width * (width + hidden_size)`` bytes for each side, and five hidden states ``[tokens,
+    ``8 * width * (width + hidden_size)`` bytes for each side, and ten hidden states ``[tokens,
     hidden_size]`` of that text in the dtype of the model, in a temporary directory where they would
     take more than the weights do.
 
@@ -165,7 +167,13 @@ def sequential_compensation(
         leave=False,
         disable=None if progress else True,
     )
-    with quiet(model), bar, two_streams(parts, rows, _SIDES, batch_tokens) as text:
+    # what inference mode makes has no slopes
+    with (
+        torch.inference_mode(False),
+        quiet(model),
+        bar,
+        two_streams(parts, rows, _SIDES, batch_tokens) as text,
+    ):
         for block in spec.blocks:
             for batch in chain(*text.values()):
                 batch.lead(parts, block.index)
@@ -181,85 +189,30 @@ def sequential_compensation(
                     or not part.takes_constant
                 ):
                     continue
-                so_far = _until(spec, plan, place)
-                if behind and kept and _reads_plainly(parts, place):
-                    with masked(model, so_far, made, spec=spec):
-                        _fit_inputs(parts, place, text, dampings, made)
-                columns = unit_columns(kept, part.unit_width)
-                with masked(model, so_far, made, spec=spec):
-                    moments = {
-                        side: _moments(parts, place, columns, batches)
-                        for side, batches in text.items()
-                    }
-                refused += _fit(
-                    parts, place, columns, moments, dampings, made, cut=cut, bias=cut and add_biases
+                fit = partial(
+                    fit_output, parts, place, kept, text, dampings, cut=cut, bias=cut and add_biases
                 )
-            before = _until(spec, plan, (block.index + 1, "attention"))
-            with masked(model, before, made, spec=spec):
+                so_far = _until(spec, plan, place)
+                with masked(model, so_far, made, spec=spec):
+                    for batch in chain(*text.values()):
+                        batch.arrive(parts, place)
+                    if behind and kept and _reads_plainly(parts, place):
+                        _fit_inputs(parts, place, text, dampings, made)
+                with masked(model, so_far, made, spec=spec):
+                    found = fit()
+                refused += found.put(made)
+                if kept and has_inner(parts, place):
+                    through = partial(masked, model, _through(spec, plan, place), spec=spec)
+                    _fit_inner(parts, place, kept, text, made, found, fit, through)
+            behind_it = _through(spec, plan, (block.index, "mlp"))
+            with masked(model, behind_it, made, spec=spec):
                 for batch in chain(*text.values()):
                     batch.follow(parts, block.index)
             bar.update()
         notes = fallback_notes(made.facts, refused)
-        found, told = head_map(parts, text, dampings) if changed else (None, {})
+        head, told = head_map(parts, text, dampings) if changed else (None, {})
     facts = {**made.facts, **({"head": told} if told else {})}
-    return replace(made, head_map=found, facts=facts, notes=notes)
-
-
-def _moments(
-    parts: DecoderParts,
-    place: SubBlock,
-    columns: Tensor,
-    batches: list[TwoStreams],
-) -> RegressionMoments:
-    """Return moments of what the kept columns get and of the target."""
-    bias = parts.output(*place).bias
-
-    def pair(batch: TwoStreams) -> tuple[Tensor, Tensor]:
-        inputs, target = batch.enters(parts, place)
-        if len(columns) and bias is not None:  # it stays where it is
-            target = target - bias
-        return inputs[..., columns.to(inputs.device)], target
-
-    return regression_of(batches, pair, _name(place))
-
-
-def _fit(
-    parts: DecoderParts,
-    place: SubBlock,
-    columns: Tensor,
-    moments: dict[Side, RegressionMoments],
-    dampings: Sequence[float],
-    made: Compensation,
-    *,
-    cut: bool,
-    bias: bool,
-) -> list[str]:
-    """Add a sub-block's constant and weights to what was made; return its name if refused."""
-    inputs, target = moments["calibrate"].means
-    if not len(columns):
-        made.constants[place] = target.cpu()
-        return []
-    # about the means where a constant follows, else about zero
-    centre = (inputs, target) if bias else None
-    weight = parts.output(*place).weight.detach()
-    found = affine_refit(
-        moments["calibrate"].about(centre),
-        moments["choose"].about(centre),
-        weight[:, columns.to(weight.device)],
-        dampings,
-    )
-    name = _name(place)
-    if cut or found.damping is not None:
-        # float32 is what is kept, and every dtype below: the constant fits the rounded weights
-        rounded = found.weight.float()
-        made.weights[place] = rounded.cpu()
-        made.facts[name] = {
-            "damping": found.damping,
-            "condition_number_at_most": found.condition,
-        }
-    if bias:
-        made.constants[place] = (target - rounded.double() @ inputs).cpu()
-    return [name] * found.refused
+    return replace(made, head_map=head, facts=facts, notes=notes)
 
 
 def _fit_inputs(
@@ -270,7 +223,7 @@ def _fit_inputs(
     made: Compensation,
 ) -> None:
     """Add the map of what a sub-block reads, where one is better than none."""
-    name = f"{_name(place)} inputs"
+    name = f"{name_of(place)} inputs"
     found = input_map(text, lambda batch: batch.reads(parts, place), dampings, name)
     if found.damping is not None:
         made.input_maps[place] = found.weight.float().cpu()
@@ -280,12 +233,33 @@ def _fit_inputs(
         }
 
 
+def _fit_inner(
+    parts: DecoderParts,
+    place: SubBlock,
+    kept: Sequence[int],
+    text: dict[Side, list[TwoStreams]],
+    made: Compensation,
+    found: Written,
+    fit: Callable[[], Written],
+    pruned: Callable[[Compensation], AbstractContextManager[None]],
+) -> None:
+    """Fit what the units that stay say, and recombine it, where both together are better."""
+    with pruned(made):
+        inner = fit_inner(parts, place, kept, made, text)
+    if inner is None:
+        return
+    more = replace(made, inner={**made.inner, place: inner.weight})
+    with pruned(more):
+        again = fit()
+    if again.error < found.error:
+        made.inner[place] = inner.weight
+        again.put(made)
+        if (facts := made.facts.get(name_of(place))) is not None:
+            facts["inner_steps"] = inner.steps
+
+
 def _reads_plainly(parts: DecoderParts, place: SubBlock) -> bool:
     return all(is_plain(each.module) for each in parts.input_modules(*place))
-
-
-def _name(place: SubBlock) -> str:
-    return f"layer {place[0]} {place[1]}"
 
 
 def _until(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan:
@@ -293,6 +267,12 @@ def _until(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan
     whole = PruningPlan.keep_all(spec)
     layers = tuple(_layers(plan, whole, place))
     return replace(whole, layers=layers)
+
+
+def _through(spec: DecoderSpec, plan: PruningPlan, place: SubBlock) -> PruningPlan:
+    """Return the plan that cuts ``place``, too."""
+    layer, kind = place
+    return _until(spec, plan, (layer, "mlp") if kind == "attention" else (layer + 1, "attention"))
 
 
 def _layers(plan: PruningPlan, whole: PruningPlan, place: SubBlock) -> Iterator[LayerPlan]:

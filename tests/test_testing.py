@@ -388,6 +388,7 @@ def test_the_fit_behind_the_prefix_aims_at_what_a_projection_makes(family):
             for batch in batches:
                 batch.lead(parts, layer)
                 for kind in ("attention", "mlp"):
+                    batch.arrive(parts, (layer, kind))
                     inputs, target = batch.enters(parts, (layer, kind))
                     wanted = parts.output(layer, kind).module(inputs)
                     assert (target - wanted).abs().max() <= 1e-4 * wanted.abs().max(), (layer, kind)

@@ -6,7 +6,7 @@ from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.data_name import data_notes
 from lit_prune.calibration.images import LEFT_OUT, NOTHING_LEFT
-from lit_prune.calibration.inputs import CAPPED, real_tokens
+from lit_prune.calibration.inputs import CAPPED, by_token, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
 from lit_prune.calibration.needs import Needs
 from lit_prune.calibration.observer import Observer
@@ -17,7 +17,7 @@ from lit_prune.calibration.residuals import measure_residuals
 from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
 from lit_prune.calibration.split import Side
-from lit_prune.calibration.streams import TwoStreams, regression_of, two_streams
+from lit_prune.calibration.streams import TwoStreams, inputs_of, regression_of, two_streams
 from lit_prune.calibration.taylor import TAYLOR_SCORES, measure_taylor
 
 __all__ = [
@@ -40,11 +40,13 @@ __all__ = [
     "Side",
     "TwoStreams",
     "Unit",
+    "by_token",
     "bypass_units",
     "collect_rows",
     "covariance_groups",
     "data_notes",
     "first_tokens",
+    "inputs_of",
     "measure_residuals",
     "measure_sensitivities",
     "measure_taylor",

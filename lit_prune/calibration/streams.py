@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class TwoStreams:
     """One batch on its way through the decoder, twice. Use inside `quiet`.
 
-    Of each layer the dense model goes first (`lead`), then the pruned one can be looked at
-    (`enters`) and goes after it (`follow`).
+    Of each layer the dense model goes first (`lead`), then the pruned one goes up to a sub-block
+    (`arrive`), can be looked at there, and goes after it (`follow`).
 
     Attributes:
         mask: Real tokens, ``[batch, tokens]``.
@@ -37,12 +37,17 @@ class TwoStreams:
             behind the last layer that either went through, and ``middle``, behind the attention
             of the last layer that the dense one went through, where a stream is there. Where a norm
             follows a sub-block, ``attention`` and ``mlp``: what the dense one handed to it.
-            ``attention reads`` and ``mlp reads``: what its input projections got there.
+            ``attention reads`` and ``mlp reads``: what its input projections got there. And of the
+            sub-block that the pruned one has come to: the ``stream`` that its norm gets, and what
+            it is ``called`` with.
+        calls: The call of that sub-block in the pruned model, to repeat (of one that has no module
+            of its own: of its layer).
     """
 
     mask: Tensor
     arguments: list[dict[str, Any]]
     shelf: Shelf
+    calls: dict[SubBlock, Callable[[], Any]] = field(default_factory=dict)
 
     def lead(self, parts: DecoderParts, layer: int) -> None:
         """Take the dense model through a layer."""
@@ -53,19 +58,47 @@ class TwoStreams:
             if parts.exists(layer, kind) and not parts.routed(layer, kind):
                 watched[f"{kind} reads"] = _reader(parts, (layer, kind))
         with ExitStack() as hooks:
-            seen = {name: hooks.enter_context(_inputs_of(m)) for name, m in watched.items()}
+            seen = {name: hooks.enter_context(inputs_of(m)) for name, m in watched.items()}
             self.shelf["dense"] = self._run(parts, layer, self.shelf["dense"])
         for name, found in seen.items():
             self.shelf[name] = by_token(found[0], self.mask)
 
-    def reads(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
-        """Return what the input projections of a sub-block get: in the pruned model, as its layer
-        is now, and in the dense one.
-        """  # noqa: D205 - one sentence
+    def arrive(self, parts: DecoderParts, place: SubBlock) -> None:
+        """Take the pruned model up to a sub-block, as its layer is now, and keep what that is told.
+
+        For `reads`, `enters` and `call`, which may then be asked as often as needed.
+        """
         layer, kind = place
-        with _inputs_of(_reader(parts, place), last=True) as inputs:
+        self.calls.clear()
+        norm, inside = parts.norm_path(kind), parts.is_inside(layer, kind)
+        stream: list[Tensor] = []
+        with ExitStack() as hooks:
+            if norm is not None:
+                stream = hooks.enter_context(inputs_of(parts.layers[layer].get_submodule(norm)))
+            # left first: it ends the forward
+            module = parts.sub_block(layer, kind) if inside else _reader(parts, place)
+            calls = hooks.enter_context(_call_to(module))
             self._run(parts, layer, self.shelf["pruned"])
-        return by_token(inputs[0], self.mask), self.shelf[f"{kind} reads"]
+        if stream:
+            self.shelf["stream"] = by_token(stream[0], self.mask)
+        if not inside:  # what it is made of is called by the layer
+            self.calls[place] = lambda: self._run(parts, layer, self.shelf["pruned"])
+            return
+        args, kwargs = calls[0]
+        size = self.mask.numel() * parts.hidden_size
+        told = [self._put(f"called {i}", value, size) for i, value in enumerate(args)]
+        named = {name: self._put(f"called {name}", x, size) for name, x in kwargs.items()}
+        self.calls[place] = lambda: module(
+            *(get() for get in told), **{name: get() for name, get in named.items()}
+        )
+
+    def reads(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
+        """Return what the input projections of a sub-block get: in the pruned model, and in the
+        dense one.
+        """  # noqa: D205 - one sentence
+        with inputs_of(_reader(parts, place), last=True) as inputs:
+            self.calls[place]()
+        return by_token(inputs[0], self.mask), self.shelf[f"{place[1]} reads"]
 
     def finals(self, parts: DecoderParts) -> tuple[Tensor, Tensor]:
         """Return what the head gets, behind the last layer: in the pruned model, in the dense."""
@@ -79,30 +112,29 @@ class TwoStreams:
         attention and MLP are added together, there is no stream between them: what it makes now,
         and what the whole layer then lacks.
 
-        The layer is run as it is now: hooks of the caller count.
+        It is run as it is now: hooks of the caller count.
         """  # noqa: D205 - one sentence
         layer, kind = place
+        module = parts.output(*place).module
         if parts.family.parallel and kind not in _watched(parts):
-            module = parts.output(*place).module
-            with _inputs_of(module) as inputs, _outputs_of(module) as outputs:
+            with inputs_of(module) as inputs, _outputs_of(module) as outputs:
                 behind = self._run(parts, layer, self.shelf["pruned"])
             lacks = (self.shelf["dense"] - behind) / parts.residual_scale
             return by_token(inputs[0], self.mask), by_token(outputs[0], self.mask) + lacks
-        with ExitStack() as hooks:
-            stream = None
-            if kind not in _watched(parts):
-                norm = parts.norm_path(kind)
-                assert norm is not None  # noqa: S101 - `Family` has one norm or the other
-                stream = hooks.enter_context(_inputs_of(parts.layers[layer].get_submodule(norm)))
-            # left first: it ends the forward
-            output = parts.output(*place).module
-            inputs = hooks.enter_context(_inputs_of(output, last=True))
-            self._run(parts, layer, self.shelf["pruned"])
+        with inputs_of(module, last=True) as inputs:
+            self.calls[place]()
         entered = by_token(inputs[0], self.mask)
-        if stream is None:
+        if kind in _watched(parts):
             return entered, self.shelf[kind]
         goal = self.shelf["dense" if kind == "mlp" else "middle"]
-        return entered, (goal - by_token(stream[0], self.mask)) / parts.residual_scale
+        return entered, (goal - self.shelf["stream"]) / parts.residual_scale
+
+    def _put(self, name: str, value: object, size: int) -> Callable[[], object]:
+        """Keep a hidden state on the shelf; anything else is small, or shared by batches."""
+        if not isinstance(value, Tensor) or value.numel() != size:
+            return lambda: value
+        self.shelf[name] = value
+        return lambda: self.shelf[name]
 
     def follow(self, parts: DecoderParts, layer: int) -> None:
         """Take the pruned model through a layer, as that is now."""
@@ -175,7 +207,7 @@ def two_streams(
         batch.attention_mask.numel() for side in sides for batch in rows.batches(side, batch_tokens)
     )
     expected = (
-        (2 + len(KINDS) + len(_watched(parts))) * padded * parts.hidden_size * first.element_size()
+        (5 + len(KINDS) + len(_watched(parts))) * padded * parts.hidden_size * first.element_size()
     )
     weights = sum(parameter.nbytes for parameter in parts.model.parameters())
     with shelves(expected, weights, first.device) as new_shelf:
@@ -228,12 +260,30 @@ def _calls_of(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
             handle.remove()
 
 
+@contextmanager
+def _call_to(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Collect how a module is called; the forward ends there."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield found
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
 class _Reached(Exception):  # noqa: N818 - what was wanted is there
     pass
 
 
 @contextmanager
-def _inputs_of(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor]]:
+def inputs_of(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor]]:
     """Collect what a module gets; if it is the ``last`` that matters, the forward ends there."""
     found: list[Tensor] = []
 

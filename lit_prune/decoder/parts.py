@@ -139,6 +139,12 @@ class DecoderParts:
         lists = (getattr(self.model.config, name, None) for name in self.family.per_layer)
         return tuple(None if values is None else values[layer] for values in lists)
 
+    def is_inside(self, layer: int, kind: SubBlockKind) -> bool:
+        """Return whether the module of a sub-block holds its projections, so that it runs alone."""
+        home = f"{self.sub_block_path(kind)}."
+        paths = () if self.routed(layer, kind) else self.family.inputs(kind)
+        return all(path.startswith(home) for path in (*paths, self.family.output(kind)))
+
     def sub_block(self, layer: int, kind: SubBlockKind) -> nn.Module:
         """Return the attention or MLP of a layer (a constant where it was removed)."""
         return self.layers[layer].get_submodule(self.sub_block_path(kind))

@@ -8,7 +8,7 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,12 +31,15 @@ class AffineRefit:
         damping: The damping that won on the other text; None: the old weights did.
         condition: Bound on the condition number of the system that was solved.
         refused: Whether the system could not be solved at some damping.
+        error: ``E ||t - W x||^2`` on the other text, less the part of ``t`` alone: of two refits to
+            one target, the one of less is better.
     """
 
     weight: Tensor
     damping: float | None
     condition: float | None
     refused: bool
+    error: float
 
 
 def affine_refit(
@@ -72,7 +75,8 @@ def affine_refit(
     inputs, cross = _checked("moments", moments, weight)
     held_out = _checked("other", other, weight)
     missing = cross - weight @ inputs  # covariance of what W does not say yet
-    best, least, refused = AffineRefit(weight, None, None, False), _error(*held_out, weight), False
+    least, refused = _error(*held_out, weight), False
+    best = AffineRefit(weight, None, None, False, least)
     for damping in dampings:
         noisy = damped(inputs, damping)
         try:
@@ -83,8 +87,8 @@ def affine_refit(
         error = _error(*held_out, new)
         if error < least:
             least = error
-            best = AffineRefit(new, damping, condition_bound(noisy, inputs), False)
-    return AffineRefit(best.weight, best.damping, best.condition, refused)
+            best = AffineRefit(new, damping, condition_bound(noisy, inputs), False, error)
+    return replace(best, refused=refused)
 
 
 def _checked(name: str, moments: tuple[Tensor, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from lit_prune.surgery.apply import applied, apply_plan, tried
 from lit_prune.surgery.compensation import (
     Compensation,
+    compensated_inputs,
     mean_compensation,
     unit_columns,
     weights_digest,
@@ -13,17 +14,19 @@ from lit_prune.surgery.least_squares import (
     fallback_notes,
     least_squares_compensation,
 )
-from lit_prune.surgery.mask import masked
+from lit_prune.surgery.mask import Instead, masked
 from lit_prune.surgery.slicing import stage
 from lit_prune.surgery.structure import take_structure
 
 __all__ = [
     "DAMPING_FACTORS",
     "Compensation",
+    "Instead",
     "Replaced",
     "StagedEdits",
     "applied",
     "apply_plan",
+    "compensated_inputs",
     "fallback_notes",
     "least_squares_compensation",
     "masked",

@@ -7,6 +7,7 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,11 +18,12 @@ from lit_prune.errors import ArtifactError, PlanMismatchError
 from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
+    from lit_prune.decoder.projections import Projection
     from lit_prune.plan import PruningPlan
 
 _HEAD = "head_map"  # in a file
@@ -44,7 +46,10 @@ class Compensation:
         input_maps: What the input projections of a sub-block get is mapped by, where what they get
             has changed, by ``(layer, kind)``, ``[hidden_size, hidden_size]`` each, float32: the
             weights become ``W M``.
-        head_map: The same of what the head gets, ``[hidden_size, hidden_size]``; where its weights
+        inner: New weights of the value projection of an attention, or of the up projection of a
+            gated MLP, by ``(layer, kind)``, ``[rows of units that stay, hidden_size]`` each,
+            float32, unit by unit; in place of what an input map makes of them.
+        head_map: What the head gets is mapped by, ``[hidden_size, hidden_size]``; where its weights
             are those of the embeddings, which stay, a number that the final norm is scaled by,
             ``[]``.
         facts: What the plan records about it, JSON-able.
@@ -56,9 +61,14 @@ class Compensation:
     weights_digest: str
     weights: dict[SubBlock, Tensor] = field(default_factory=dict)
     input_maps: dict[SubBlock, Tensor] = field(default_factory=dict)
+    inner: dict[SubBlock, Tensor] = field(default_factory=dict)
     head_map: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def reads(self, place: SubBlock) -> bool:
+        """Return whether it changes the input projections of a sub-block."""
+        return place in self.input_maps or place in self.inner
 
     def save(self, path: Path) -> None:
         """Write ``compensation.safetensors``."""
@@ -72,7 +82,12 @@ class Compensation:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return constants and weights by the names that they have in a file."""
-        groups = {"": self.constants, "weights.": self.weights, "input_maps.": self.input_maps}
+        groups = {
+            "": self.constants,
+            "weights.": self.weights,
+            "input_maps.": self.input_maps,
+            "inner.": self.inner,
+        }
         found = {
             f"{group}{layer}.{kind}": x
             for group, by_place in groups.items()
@@ -88,17 +103,20 @@ class Compensation:
         Raises:
             KeyError, ValueError: If a name is none of those.
         """
-        groups: dict[str, dict[SubBlock, Tensor]] = {"": {}, "weights": {}, "input_maps": {}}
+        groups: dict[str, dict[SubBlock, Tensor]] = {
+            "": {}, "weights": {}, "input_maps": {}, "inner": {},
+        }  # fmt: skip
         for name, tensor in tensors.items():
             if name != _HEAD:
                 *group, layer, kind = name.split(".")
                 groups[".".join(group)][int(layer), _kind(kind)] = tensor
-        constants, weights, input_maps = groups.values()
+        constants, weights, input_maps, inner = groups.values()
         return replace(
             self,
             constants=constants,
             weights=weights,
             input_maps=input_maps,
+            inner=inner,
             head_map=tensors.get(_HEAD),
         )
 
@@ -200,7 +218,7 @@ def _kind(name: str) -> SubBlockKind:
     return KINDS[KINDS.index(name)]  # ValueError where it is none
 
 
-def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:
+def unit_columns(units: Sequence[int], unit_width: int) -> Tensor:
     """Return the columns that ``units`` own.
 
     Example:
@@ -209,6 +227,36 @@ def unit_columns(units: list[int] | tuple[int, ...], unit_width: int) -> Tensor:
     """
     first = torch.tensor(units, dtype=torch.int64).unsqueeze(1) * unit_width
     return (first + torch.arange(unit_width)).reshape(-1)
+
+
+def compensated_inputs(
+    parts: DecoderParts, place: SubBlock, kept: Sequence[int], compensation: Compensation | None
+) -> list[tuple[Projection, Callable[[], Tensor]]]:
+    """Return the input projections of a sub-block, and what makes their weights, ``[out, in]``.
+
+    Rows of units that go are what they may be: nobody reads what they make.
+
+    Args:
+        parts: The dense model's parts.
+        place: Not of experts.
+        kept: Units that stay.
+        compensation: What it is to do to them.
+    """
+    input_map = None if compensation is None else compensation.input_maps.get(place)
+    inner = None if compensation is None else compensation.inner.get(place)
+    linear = parts.inputs(*place)[-1]
+
+    def weight(each: Projection) -> Tensor:
+        matrix: Tensor = each.matrix.detach()
+        if input_map is not None:
+            matrix = mapped(matrix, input_map)
+        if inner is not None and each.module is linear.module:
+            assert linear.rows is not None  # noqa: S101 - units own rows of inputs
+            lines = linear.rows[list(kept)].flatten().to(matrix.device)
+            matrix = matrix.index_copy(0, lines, inner.to(matrix))
+        return matrix
+
+    return [(each, partial(weight, each)) for each in parts.input_modules(*place)]
 
 
 def mapped(weight: Tensor, input_map: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.decoder import DecoderParts, head_of, spec_for
-from lit_prune.decoder.projections import Projection
-from lit_prune.surgery.compensation import mapped, unit_columns
+from lit_prune.surgery.compensation import compensated_inputs, mapped, unit_columns
 from lit_prune.surgery.experts import route_past
 
 if TYPE_CHECKING:
@@ -47,8 +46,7 @@ def masked(
     spec, parts = spec or spec_for(model), DecoderParts(model)
     plan.validate(spec)
     constants = compensation.constants if compensation else {}
-    input_maps = compensation.input_maps if compensation else {}
-    handles: list[RemovableHandle | _Instead] = []
+    handles: list[RemovableHandle | Instead] = []
     try:
         for index, part in spec.sub_blocks:
             kept = plan.layers[index].kept(part.kind)
@@ -59,10 +57,12 @@ def masked(
                 elif len(kept) < part.num_units:
                     handles.append(route_past(routed, kept))
                 continue
-            if kept and (index, part.kind) in input_maps:
+            if kept and compensation is not None and compensation.reads((index, part.kind)):
                 handles += [
-                    _read(each, input_maps[index, part.kind])
-                    for each in parts.input_modules(index, part.kind)
+                    Instead(each.module, _projection(weight, each.module.bias))
+                    for each, weight in compensated_inputs(
+                        parts, (index, part.kind), kept, compensation
+                    )
                 ]
             linear = parts.output(index, part.kind)
             like = linear.weight
@@ -79,7 +79,7 @@ def masked(
                 columns = unit_columns(kept, part.unit_width).to(like.device)
                 weight = partial(compensation.weights[index, part.kind].to, like.device, like.dtype)
                 other = _projection(weight, linear.bias, columns, constant)
-                handles.append(_Instead(linear.module, other))
+                handles.append(Instead(linear.module, other))
             elif len(kept) < part.num_units:
                 mask = like.new_zeros(linear.in_features)
                 mask[unit_columns(kept, part.unit_width)] = 1
@@ -88,10 +88,12 @@ def masked(
                     handles.append(linear.module.register_forward_hook(partial(_add, constant)))
         head_map = compensation.head_map if compensation else None
         if head_map is not None and head_map.ndim:
-            handles.append(_read(Projection(head_of(model)), head_map))
+            head: Any = head_of(model)
+            weight = partial(mapped, head.weight, head_map)
+            handles.append(Instead(head, _projection(weight, head.bias)))
         elif head_map is not None:
             last: Any = parts.final_norm
-            handles.append(_Instead(last, partial(_scale, float(head_map), last.forward)))
+            handles.append(Instead(last, partial(_scale, float(head_map), last.forward)))
         yield
     finally:
         for handle in reversed(handles):
@@ -110,11 +112,6 @@ def _mask(mask: Tensor, _module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 def _add(constant: Tensor, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
     return output + constant
-
-
-def _read(projection: Projection, input_map: Tensor) -> _Instead:
-    weight = partial(mapped, projection.matrix, input_map)
-    return _Instead(projection.module, _projection(weight, projection.module.bias))
 
 
 def _scale(factor: float, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -141,7 +138,7 @@ def _projection(
     return forward
 
 
-class _Instead:
+class Instead:
     """Another forward of a module until it is removed, as a handle; its hooks go on."""
 
     def __init__(self, module: Any, forward: Callable[..., Tensor]) -> None:  # noqa: ANN401 - gets an attribute

@@ -20,7 +20,7 @@ from lit_prune.decoder import (
 from lit_prune.decoder.layout import layout_of
 from lit_prune.decoder.projections import kept_lines
 from lit_prune.surgery.cache import cache_slots
-from lit_prune.surgery.compensation import mapped, unit_columns
+from lit_prune.surgery.compensation import compensated_inputs, mapped, unit_columns
 from lit_prune.surgery.edits import StagedEdits
 from lit_prune.surgery.experts import expert_fields, slice_experts
 
@@ -41,8 +41,6 @@ def stage(
     """Prepare every edit that ``plan`` asks for, without changing the model."""
     parts, edits = DecoderParts(model), StagedEdits()
     constants = compensation.constants if compensation else {}
-    weights = compensation.weights if compensation else {}
-    input_maps = compensation.input_maps if compensation else {}
     counts: dict[SubBlock, int] = {
         (index, part.kind): len(plan.layers[index].kept(part.kind))
         for index, part in spec.sub_blocks
@@ -67,9 +65,9 @@ def stage(
                 slice_experts(edits, parts, index, kept)
             continue
         if counts[place] < part.num_units:
-            _slice(edits, parts, place, kept, weights.get(place), input_maps.get(place))
+            _slice(edits, parts, place, kept, compensation)
         else:
-            _refit(edits, parts, place, weights.get(place), input_maps.get(place))
+            _refit(edits, parts, place, kept, compensation)
         if place in biases:
             linear = parts.output(*place).module
             bias = biases[place] + (0 if linear.bias is None else linear.bias.double().cpu())
@@ -89,23 +87,22 @@ def _slice(
     parts: DecoderParts,
     place: SubBlock,
     kept: tuple[int, ...],
-    compensated: Tensor | None,
-    input_map: Tensor | None,
+    compensation: Compensation | None,
 ) -> None:
     output = parts.output(*place)
     device = output.module.weight.device
     columns = unit_columns(kept, parts.unit_width(*place)).to(device)
-    weight = output.weight[:, columns] if compensated is None else compensated
+    weight = None if compensation is None else compensation.weights.get(place)
+    if weight is None:
+        weight = output.weight[:, columns]
     dim = output.dim(rows=False)
     edits.parameter(output.module, "weight", output.oriented(weight), kept=(dim, columns))
     edits.attribute(output.module, output.size_names()[1], len(columns))
-    for each in parts.input_modules(*place):
+    for each, make in compensated_inputs(parts, place, kept, compensation):
         assert each.rows is not None  # noqa: S101 - units own rows of inputs
         lines, module = kept_lines(each.rows, kept).to(device), each.module
-        weight = each.matrix[lines]
-        if input_map is not None:
-            weight = mapped(weight, input_map)
-        edits.parameter(module, "weight", each.oriented(weight), kept=(each.dim(rows=True), lines))
+        weight = each.oriented(make()[lines])
+        edits.parameter(module, "weight", weight, kept=(each.dim(rows=True), lines))
         if module.bias is not None:
             edits.parameter(module, "bias", module.bias[lines], kept=(0, lines))
         edits.attribute(module, each.size_names()[0], len(lines))
@@ -123,17 +120,18 @@ def _refit(
     edits: StagedEdits,
     parts: DecoderParts,
     place: SubBlock,
-    compensated: Tensor | None,
-    input_map: Tensor | None,
+    kept: tuple[int, ...],
+    compensation: Compensation | None,
 ) -> None:
     """Change the weights of a sub-block that keeps all its units, behind a cut."""
-    if compensated is not None:
-        output = parts.output(*place)
-        edits.parameter(output.module, "weight", output.oriented(compensated))
-    if input_map is None:
+    if compensation is None:
         return
-    for each in parts.input_modules(*place):
-        edits.parameter(each.module, "weight", each.oriented(mapped(each.matrix, input_map)))
+    if place in compensation.weights:
+        output = parts.output(*place)
+        edits.parameter(output.module, "weight", output.oriented(compensation.weights[place]))
+    if compensation.reads(place):
+        for each, make in compensated_inputs(parts, place, kept, compensation):
+            edits.parameter(each.module, "weight", each.oriented(make()))
 
 
 def _refit_head(edits: StagedEdits, parts: DecoderParts, head_map: Tensor) -> None:
