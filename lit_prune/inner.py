@@ -137,6 +137,7 @@ class _Linear:
         inputs = compensated_inputs(parts, place, kept, made)
         self._matrix = next(make() for each, make in inputs if each.module is self._input)
         self.start = self._matrix[self._rows].double()
+        self.exact = torch.promote_types(self._matrix.dtype, torch.float32)
         written = made.weights.get(place, like[:, self._columns])
         self._written = written.detach().to(like.device, like.dtype)
         self._constant = made.constants.get(place)
@@ -217,7 +218,7 @@ class _Side:
         at = total if weight is None else weight
         for told in self._told:
             with torch.enable_grad():
-                leaf = at.float().requires_grad_()
+                leaf = at.to(self._linear.exact).requires_grad_()
                 read, written = self._linear(told, leaf)
                 towards = told.lacks.to(written) if weight is None else written.detach()
                 (slope,) = torch.autograd.grad(written, leaf, towards)

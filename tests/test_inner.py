@@ -1,0 +1,228 @@
+"""What lies inside a sub-block, fitted: against raw activations and a system written out."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lit_prune import inner
+from lit_prune.calibration import two_streams
+from lit_prune.decoder import DecoderParts, quiet, spec_for
+from lit_prune.inner import fit_inner, has_inner
+from lit_prune.plan import LayerPlan, PruningPlan
+from lit_prune.sequential import sequential_compensation
+from lit_prune.surgery import Compensation, apply_plan, masked, unit_columns
+from tests.models import CONFIGS, tiny_model
+from tests.naive import captured, uneven_rows
+from tests.state import unchanged
+
+ROWS = uneven_rows(40)
+KEPT = {"attention": (1,), "mlp": tuple(range(3, 27))}
+KINDS = ("attention", "mlp")
+ALL = (0, 1), tuple(range(48))
+
+
+class Place:
+    """One cut sub-block of a single layer, with an output projection that is not the dense one."""
+
+    def __init__(self, kind, family="llama", **options):
+        # in float64, so that many steps lead to the end
+        self.model = tiny_model(family, layers=1, **options).double()
+        self.parts, self.place, self.kept = DecoderParts(self.model), (0, kind), KEPT[kind]
+        whole = spec_for(self.model).blocks[0]
+        groups, channels = (tuple(range(x.num_units)) for x in (whole.attention, whole.mlp))
+        units = (KEPT[kind], channels) if kind == "attention" else (groups, KEPT[kind])
+        self.plan = PruningPlan(spec_for(self.model).fingerprint, (LayerPlan(0, *units),))
+        dense = self.parts.output(*self.place).weight.detach()
+        self.columns = unit_columns(self.kept, self.parts.unit_width(*self.place))
+        generator = torch.Generator().manual_seed(5)
+        noise = torch.randn(dense[:, self.columns].shape, generator=generator)
+        weight = (dense[:, self.columns] + 0.3 * dense.std() * noise).float()
+        constant = 0.1 * torch.randn(len(dense), generator=generator).double()
+        self.made = Compensation({self.place: constant}, self.plan.digest, "", {self.place: weight})
+        self.target = self.entered() @ dense.T  # the streams in front of it are equal
+        self.start = self.parts.inputs(*self.place)[-1].rows[list(self.kept)].flatten()
+        self.start = self.parts.inputs(*self.place)[-1].matrix.detach()[self.start]
+
+    @torch.no_grad()
+    def entered(self):
+        """What the output projection gets, ``[tokens, width]``."""
+        found = []
+        handle = self.parts.output(*self.place).module.register_forward_pre_hook(
+            lambda _module, args: found.append(args[0].flatten(0, -2))
+        )
+        for row in ROWS.side("calibrate"):
+            self.model(input_ids=row.ids[None], use_cache=False)
+        handle.remove()
+        return torch.cat(found)
+
+    def fit(self):
+        sides = ("calibrate", "choose")
+        with quiet(self.model), two_streams(self.parts, ROWS, sides, 4096) as text:
+            for batch in (*text["calibrate"], *text["choose"]):
+                batch.lead(self.parts, 0)
+                batch.arrive(self.parts, self.place)
+            with masked(self.model, self.plan, self.made):
+                return fit_inner(self.parts, self.place, self.kept, self.made, text)
+
+    def lacks(self, weight):
+        """What the target lacks, ``[tokens, hidden]``, from a forward with these weights."""
+        with masked(self.model, self.plan, replace(self.made, inner={self.place: weight})):
+            x = self.entered()[:, self.columns]
+        written = x @ self.made.weights[self.place].double().T + self.made.constants[self.place]
+        return self.target - written
+
+    def error(self, weight):
+        return float(self.lacks(weight).square().sum(1).mean())
+
+
+@pytest.fixture
+def to_the_end(monkeypatch):
+    """As many steps as it takes, on the text that is fitted."""
+    monkeypatch.setattr(inner, "_SIDES", ("calibrate", "calibrate"))
+    monkeypatch.setattr(inner, "_STEPS", dict.fromkeys(KINDS, 2000))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_an_up_projection_is_the_least_squares_solution(to_the_end, kv_heads):
+    """The system written out: for each token and channel, what it reads times what it weighs."""
+    place = Place("mlp", kv_heads=kv_heads)
+    found = place.fit()
+    z = captured(place.model, ROWS)["reads"][place.place]
+    gate = place.parts.inputs(0, "mlp")[0].weight.detach().double()[list(place.kept)]
+    weighs = torch.nn.functional.silu(z @ gate.T)
+    written = place.made.weights[place.place].double()
+    lacks = place.lacks(place.start)
+    system = torch.einsum("oi,ti,td->toid", written, weighs, z).flatten(0, 1).flatten(1)
+    change = torch.linalg.lstsq(system, lacks.flatten()[:, None], driver="gelsd").solution
+    least = float((lacks.flatten() - (system @ change)[:, 0]).square().sum()) / len(lacks)
+    assert place.error(found.weight) <= least * (1 + 1e-3)
+    assert place.error(place.start) > 1.1 * least
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen2", {}), ("phi3", {})],
+)
+def test_no_direction_leads_further_down(to_the_end, kind, family, options):
+    """Biases, query heads that share a value, fused projections: none of them is in the way."""
+    place = Place(kind, family, kv_heads=2, **options)
+    found = place.fit()
+    best = place.error(found.weight)
+    assert best < 0.98 * place.error(place.start)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        way = torch.randn(found.weight.shape, generator=generator) * found.weight.std()
+        for far in (-0.02, 0.02):
+            assert place.error(found.weight + far * way) > best
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_steps_help_on_text_that_was_not_fitted(kind):
+    place = Place(kind, kv_heads=2)
+    with unchanged(place.model):
+        found = place.fit()
+    assert 1 <= found.steps <= inner._STEPS[kind]
+    assert found.weight.dtype == torch.float32
+    assert place.error(found.weight) < place.error(place.start)
+
+
+def test_a_target_that_is_met_leaves_everything_as_it_is():
+    place = Place("mlp")
+    place.target = None
+    whole = PruningPlan.keep_all(spec_for(place.model))
+    place.plan, place.kept = whole, ALL[1]
+    place.made = Compensation({}, whole.digest, "")
+    assert place.fit() is None
+
+
+@pytest.mark.parametrize(
+    "family",
+    [*CONFIGS, "cohere", "gemma2", "gpt2", "gpt_neox", "opt", "phi3", "starcoder2", "mixtral"],
+)
+def test_which_sub_blocks_are_linear_inside(family):
+    """Tried on the module itself: whether the mean of two weights makes the mean of two outputs."""
+    model = tiny_model(family, layers=1)
+    parts = DecoderParts(model)
+    hidden = torch.randn(1, 7, parts.hidden_size, generator=torch.Generator().manual_seed(0))
+    for kind in KINDS:
+        if parts.routed(0, kind) is not None:
+            assert not has_inner(parts, (0, kind))
+            continue
+        projection = parts.inputs(0, kind)[-1]
+        lines = projection.rows.flatten()
+        start = projection.weight.detach().clone()
+
+        def writes(weight, kind=kind, projection=projection, lines=lines):
+            entered = []
+            handle = parts.output(0, kind).module.register_forward_pre_hook(
+                lambda _m, args: entered.append(args[0].double())
+            )
+            stored = projection.module.weight
+            before = stored.detach().clone()
+            with torch.no_grad():
+                projection.matrix[lines] = weight
+                model.base_model(inputs_embeds=hidden, use_cache=False)
+                stored.copy_(before)
+            handle.remove()
+            return entered[0]
+
+        away = torch.randn(start.shape, generator=torch.Generator().manual_seed(2)) * start.std()
+        mean = (writes(start + 3 * away) + writes(start - 3 * away)) / 2
+        linear = torch.allclose(mean, writes(start), rtol=1e-4, atol=1e-5)
+        if has_inner(parts, (0, kind)):
+            assert linear, kind
+        elif parts.is_inside(0, kind):
+            assert not linear, kind
+
+
+@pytest.mark.parametrize("family", [*CONFIGS, "cohere", "gemma2", "olmo2"])
+def test_the_whole_fit_is_better_with_it_and_surgery_does_it(family, monkeypatch):
+    model = tiny_model(family, layers=3, kv_heads=2)
+    every = tuple(range(spec_for(model).blocks[0].mlp.num_units))
+    some = every[: len(every) // 2]
+    layers = (LayerPlan(0, (0, 1), some), LayerPlan(1, (), some), LayerPlan(2, (1,), every))
+    plan = PruningPlan(spec_for(model).fingerprint, layers)
+    if "kv_group" in dict(spec_for(model).refused):
+        pytest.skip("its KV groups cannot go")
+    found = sequential_compensation(model, plan, ROWS)
+    monkeypatch.setattr("lit_prune.sequential.has_inner", lambda *_: False)
+    without = sequential_compensation(model, plan, ROWS)
+    assert found.inner
+    assert not without.inner
+    # of random layers what a later one makes of a smaller error may be a larger one
+    dense = captured(model, ROWS)["leaves"][0]
+    far = []
+    for compensation in (found, without):
+        with masked(model, plan, compensation):
+            far.append(float((captured(model, ROWS)["leaves"][0] - dense).square().sum()))
+    assert far[0] < far[1]
+    apply_plan(model, plan, found)  # compares with the masked model
+
+
+def test_under_inference_mode_and_with_parameters_that_train():
+    model = tiny_model(layers=2)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers = (LayerPlan(0, (0,), KEPT["mlp"]), LayerPlan(1, *ALL))
+    plan = PruningPlan(spec_for(model).fingerprint, layers)
+    plain = sequential_compensation(model, plan, ROWS)
+    with torch.inference_mode():
+        found = sequential_compensation(model, plan, ROWS)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    assert all(p.grad is None for p in model.parameters())
+    assert plain.inner.keys() == found.inner.keys() != set()
+    for place, weight in plain.inner.items():
+        assert torch.equal(weight, found.inner[place])
+        assert not found.inner[place].is_inference()
+
+
+def test_it_is_saved_with_the_rest(tmp_path):
+    model = tiny_model(layers=2)
+    layers = (LayerPlan(0, (0,), KEPT["mlp"]), LayerPlan(1, *ALL))
+    found = sequential_compensation(model, PruningPlan(spec_for(model).fingerprint, layers), ROWS)
+    found.save(tmp_path / "compensation.safetensors")
+    again = Compensation.load(tmp_path / "compensation.safetensors")
+    assert again.inner.keys() == found.inner.keys() != set()
+    assert all(torch.equal(again.inner[place], x) for place, x in found.inner.items())
