@@ -11,7 +11,9 @@ far, and stop when text that was held out is no better off.
 References:
     Hestenes and Stiefel, "Methods of Conjugate Gradients for Solving Linear Systems", 1952. That
     the number of steps regularises: Hanke, "Conjugate Gradient Type Methods for Ill-Posed
-    Problems", 1995. Preconditioned by the covariance of what is read, and by how much each row
+    Problems", 1995. For the weights that a mask leaves to one linear layer: ALPS (Meng et al.,
+    NeurIPS 2024). We differ: the weights lie in front of the gate or the attention, the target is
+    the residual stream. Preconditioned by the covariance of what is read, and by how much each row
     weighs in the output. No loss of the whole model is differentiated.
 """
 
