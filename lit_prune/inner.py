@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _SIDES: tuple[Side, Side] = ("calibrate", "choose")
 
-# What more of them gain on the text that was fitted is lost on other text.
+# An attention gains in two what it gains in six, and each costs it more; an MLP little after eight.
 _STEPS = {"attention": 2, "mlp": 8}
 # Of the mean variance of what is read, in the preconditioner alone.
 _DAMPING = 1e-2
@@ -60,16 +60,19 @@ class Inner:
     steps: int
 
 
-def has_inner(parts: DecoderParts, place: SubBlock) -> bool:
+def is_linear_inside(parts: DecoderParts, place: SubBlock) -> bool:
     """Return whether a sub-block is linear in a projection that can be set.
 
-    An MLP without a gate is not. Projections must compute what their weights say, and lie in the
-    module of the sub-block, which is called by itself.
+    An MLP without a gate is not. The projection must compute what its weight says, and all lie in
+    the module of the sub-block, which is called by itself; not where modules have hooks of the
+    caller, which would be handed tensors with a slope.
     """
     family, (layer, kind) = parts.family, place
     if parts.routed(*place) is not None or (kind == "mlp" and family.gate is None):
         return False
-    return parts.is_inside(*place) and is_plain(parts.inputs(layer, kind)[-1].module)
+    if not parts.is_inside(*place) or not is_plain(parts.inputs(layer, kind)[-1].module):
+        return False
+    return not any(module._forward_hooks for module in parts.sub_block(layer, kind).modules())
 
 
 def fit_inner(
@@ -81,48 +84,50 @@ def fit_inner(
 ) -> Inner | None:
     """Fit the value or up projection so that the sub-block adds what the stream lacks.
 
-    Call it where the pruned model runs up to this sub-block (`masked`, with ``made``), and the text
-    has arrived there.
+    Call it where the pruned model runs through this sub-block (`masked`, with ``made``), and the
+    text has arrived there. Where something else follows that is not linear (values that are
+    clipped, or normed), the slopes are those of where it stands, and the choose side tells.
 
     Args:
         parts: The dense model's parts.
-        place: `has_inner`.
+        place: `is_linear_inside`.
         kept: Units that stay.
         made: What was fitted so far, this sub-block's output projection included.
         text: Both models on their way, by side: fitted on ``calibrate``, stopped by ``choose``.
+
+    Memory: some eight matrices of the shape of the projection, and four ``[hidden_size,
+    hidden_size]``, in float64.
 
     Returns:
         None where the first step is no better on the choose side.
     """
     linear = _Linear(parts, place, kept, made)
+    fitted, chosen = ([_Told(batch, linear) for batch in text[side]] for side in _SIDES)
     with _frozen(parts.layers[place[0]]):
-        fitted, chosen = (_Side(text[side], linear) for side in _SIDES)
-        precondition = fitted.preconditioner()
-        step, on_other = torch.zeros_like(linear.start), torch.zeros_like(linear.start)
-        rest = fitted.wanted
-        towards = way = precondition(rest)
-        length = _dot(rest, towards)
-        best, least, steps = None, 0.0, 0
+        residual, precondition = _first(linear, fitted)
+        change = torch.zeros_like(linear.start)
+        best, steps, least = None, 0, linear.error(chosen, change)
+        preconditioned = direction = precondition(residual)
+        length = _dot(residual, preconditioned)
         for number in range(1, _STEPS[place[1]] + 1):
-            product = fitted.times(way)
-            bend = _dot(way, product)
-            if not bend > 0:  # nothing is left to gain, or a value is not finite
+            product = _product(linear, fitted, direction)
+            curvature = _dot(direction, product)
+            if not curvature > 0:  # nothing is left to gain, or a value is not finite
                 break
-            far = length / bend
-            step, on_other = step + far * way, on_other + far * chosen.times(way)
-            error = _dot(step, on_other) - 2 * _dot(step, chosen.wanted)
+            change = change + (length / curvature) * direction
+            error = linear.error(chosen, change)
             if not error < least:
                 break
-            best, least, steps = step, error, number
-            rest = rest - far * product
-            towards = precondition(rest)
-            before, length = length, _dot(rest, towards)
-            way = towards + (length / before) * way
+            best, steps, least = change, number, error
+            residual = residual - (length / curvature) * product
+            preconditioned = precondition(residual)
+            before, length = length, _dot(residual, preconditioned)
+            direction = preconditioned + (length / before) * direction
     return None if best is None else Inner((linear.start + best).float().cpu(), steps)
 
 
 class _Linear:
-    """What a sub-block writes, as a function of its value or up projection; without biases."""
+    """What a sub-block writes, as a function of its value or up projection."""
 
     def __init__(
         self, parts: DecoderParts, place: SubBlock, kept: Sequence[int], made: Compensation
@@ -136,25 +141,36 @@ class _Linear:
         # a unit's columns: for each of its query heads what its rows hold
         self._by_row = (len(rows), -1, rows.shape[1])
         self._columns = unit_columns(kept, parts.unit_width(*place)).to(like.device)
-        inputs = compensated_inputs(parts, place, kept, made)
-        self._matrix = next(make() for each, make in inputs if each.module is self._input)
+        self._matrix = self._input_matrix(kept, made)
         self.start = self._matrix[self._rows].double()
         self.exact = torch.promote_types(self._matrix.dtype, torch.float32)
         written = made.weights.get(place, like[:, self._columns])
         self._written = written.detach().to(like.device, like.dtype)
         self._constant = made.constants.get(place)
 
-    def got(self, batch: TwoStreams) -> tuple[Tensor, Tensor]:
-        """Return what the kept columns get now, and what the stream lacks behind them."""
-        inputs, target = (part[batch.mask] for part in batch.enters(self.parts, self.place))
-        columns = inputs[:, self._columns]
-        lacks = target - nn.functional.linear(columns, self._written, self._output.bias)
-        return columns, lacks if self._constant is None else lacks - self._constant.to(lacks)
+    def _input_matrix(self, kept: Sequence[int], made: Compensation) -> Tensor:
+        projection = next(
+            each for each in self.parts.input_modules(*self.place) if each.module is self._input
+        )
+        make = compensated_inputs(self.parts, self.place, kept, made).get(projection.module)
+        matrix: Tensor = projection.matrix if make is None else make()
+        return matrix.detach()
 
-    def __call__(self, told: _Told, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is read, and what is written with these weights, ``[real tokens, …]``."""
+    def wanted(self, batch: TwoStreams) -> Tensor:
+        """Return what its output projection should make, but for constants, ``[tokens, …]``."""
+        wanted = batch.enters(self.parts, self.place)[1][batch.mask]
+        bias = self._output.bias
+        wanted = wanted if bias is None else wanted - bias.detach()
+        return wanted if self._constant is None else wanted - self._constant.to(wanted)
+
+    def __call__(
+        self, told: _Told, weight: Tensor, *, biased: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is read, what stands in between, what is written, ``[real tokens, …]``."""
         bias = self._input.bias
-        bias = None if bias is None else bias.detach().index_fill(0, self._rows, 0)
+        bias = bias if bias is None else bias.detach()
+        if bias is not None and not biased:
+            bias = bias.index_fill(0, self._rows, 0)
         whole = self._matrix.index_copy(0, self._rows, weight.to(self._matrix))
         read: list[Tensor] = []
 
@@ -169,7 +185,17 @@ class _Linear:
         finally:
             instead.remove()
         inputs, columns = (by_token(x[0], told.mask)[told.mask] for x in (read, got))
-        return inputs, nn.functional.linear(columns[:, self._columns], self._written)
+        columns = columns[:, self._columns]
+        return inputs, columns, nn.functional.linear(columns, self._written)
+
+    def error(self, batches: Sequence[_Told], change: Tensor) -> float:
+        """Return the mean squared error of a token, with changed weights."""
+        total, tokens = 0.0, 0
+        for told in batches:
+            *_, written = self(told, self.start + change, biased=True)
+            total += float((told.wanted - written).double().square().sum())
+            tokens += len(written)
+        return total / tokens
 
     def row_weights(self, power: Tensor, covariance: Tensor) -> Tensor:
         """Return how much each row weighs in the output, for one of what it says.
@@ -179,77 +205,80 @@ class _Linear:
             covariance: Second moment of what is read.
         """
         columns = self._written.double().square().sum(0) * power
-        said = ((self.start @ covariance) * self.start).sum(1)
         rows = columns.reshape(self._by_row).sum(1).flatten()
+        said = ((self.start @ covariance) * self.start).sum(1)
+        if self._input.bias is not None:
+            said = said + self._input.bias.detach()[self._rows].double().square()
         weights = rows / said.clamp_min(torch.finfo(torch.float32).tiny)
         return weights.clamp_min(_LEAST_WEIGHT * weights.mean())
 
 
 class _Told:
-    """One batch: the call of the sub-block, and what the stream lacks behind it."""
+    """One batch: the call of the sub-block, and what its output projection should make."""
 
     def __init__(self, batch: TwoStreams, linear: _Linear) -> None:
-        self.mask, self._shelf = batch.mask, batch.shelf
-        columns, self._shelf["lacks"] = linear.got(batch)
-        self.power = columns.double().square().sum(0)
-        self.call = batch.calls[linear.place]
+        self.mask, self._shelf, self.call = batch.mask, batch.shelf, batch.calls[linear.place]
+        self._shelf["wanted"] = linear.wanted(batch)
 
     @property
-    def lacks(self) -> Tensor:
+    def wanted(self) -> Tensor:
         """``[real tokens, hidden_size]``."""
-        return self._shelf["lacks"]
+        return self._shelf["wanted"]
 
 
-class _Side:
-    """The normal equations on one side of the text; means over tokens, float64."""
+def _first(linear: _Linear, batches: Sequence[_Told]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the right side of the normal equations, and nearly the inverse of their matrix.
 
-    def __init__(self, batches: Sequence[TwoStreams], linear: _Linear) -> None:
-        self._linear = linear
-        self._told = [_Told(batch, linear) for batch in batches]
-        self._tokens = sum(int(told.mask.sum()) for told in self._told)
-        width = linear.start.shape[1]
-        self._covariance = linear.start.new_zeros(width, width)
-        self.wanted = self._sum(None)
+    That is a weight of each row times a covariance of what is read. Means over tokens, float64.
+    """
+    total, tokens = torch.zeros_like(linear.start), 0
+    width = linear.start.shape[1]
+    covariance, power = linear.start.new_zeros(width, width), linear.start.new_zeros(())
+    for told in batches:
+        with torch.enable_grad():
+            leaf = linear.start.to(linear.exact).requires_grad_()
+            read, columns, written = linear(told, leaf, biased=True)
+            lacks = told.wanted.to(written) - written.detach()
+            (slope,) = torch.autograd.grad(written, leaf, lacks)
+        total += slope
+        tokens += len(written)
+        inputs = read.double()
+        covariance.addmm_(inputs.T, inputs)
+        columns = columns.detach()
+        power = power + torch.linalg.vector_norm(columns, dim=0, dtype=linear.exact).double() ** 2
+    covariance, power = covariance / tokens, power / tokens
+    noise = (_DAMPING * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    weights = linear.row_weights(power, covariance).unsqueeze(1)
+    factor = torch.linalg.cholesky(covariance + noise * torch.eye(width).to(noise))
+    return total / tokens, lambda slope: torch.cholesky_solve(slope.T, factor).T / weights
 
-    def times(self, weight: Tensor) -> Tensor:
-        """Return their matrix times ``weight``."""
-        return self._sum(weight)
 
-    def _sum(self, weight: Tensor | None) -> Tensor:
-        total = torch.zeros_like(self._linear.start)
-        at = total if weight is None else weight
-        for told in self._told:
-            with torch.enable_grad():
-                leaf = at.to(self._linear.exact).requires_grad_()
-                read, written = self._linear(told, leaf)
-                towards = told.lacks.to(written) if weight is None else written.detach()
-                (slope,) = torch.autograd.grad(written, leaf, towards)
-            total += slope
-            if weight is None:
-                self._covariance.addmm_(read.double().T, read.double())
-        return total / self._tokens
-
-    def preconditioner(self) -> Callable[[Tensor], Tensor]:
-        """Return the inverse of what their matrix is nearly: a weight of each row, a covariance."""
-        covariance = self._covariance / self._tokens
-        noise = (_DAMPING * covariance.diagonal().mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        factor = torch.linalg.cholesky(covariance + noise * torch.eye(len(covariance)).to(noise))
-        power = torch.stack([told.power for told in self._told]).sum(0) / self._tokens
-        weights = self._linear.row_weights(power, covariance).unsqueeze(1)
-        return lambda slope: torch.cholesky_solve(slope.T, factor).T / weights
+def _product(linear: _Linear, batches: Sequence[_Told], weight: Tensor) -> Tensor:
+    """Return the matrix of the normal equations times ``weight``; a mean over tokens, float64."""
+    total, tokens = torch.zeros_like(weight), 0
+    size = weight.abs().max()  # half precision has no small numbers
+    for told in batches:
+        with torch.enable_grad():
+            leaf = (weight / size).to(linear.exact).requires_grad_()
+            *_, written = linear(told, leaf, biased=False)
+            (slope,) = torch.autograd.grad(written, leaf, written.detach())
+        total += slope
+        tokens += len(written)
+    return total * (size / tokens)
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     """Let a slope be asked of nothing but what is fitted."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        with torch.inference_mode():  # where a model was made under it, only there
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
 
 def _dot(one: Tensor, other: Tensor) -> float:

@@ -29,7 +29,7 @@ from lit_prune.calibration import (
     two_streams,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, is_plain, quiet, spec_for
-from lit_prune.inner import fit_inner, has_inner
+from lit_prune.inner import fit_inner, is_linear_inside
 from lit_prune.methods import preset
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.planning import describe
@@ -132,7 +132,7 @@ def sequential_compensation(
     (`fit_inner`), and the output projection once more.
 
     Costs as much as about twenty forwards over both sides, one layer at a time; memory:
-    ``8 * width * (width + hidden_size)`` bytes for each side, and ten hidden states ``[tokens,
+    ``8 * width * (width + hidden_size)`` bytes for each side, and eight hidden states ``[tokens,
     hidden_size]`` of that text in the dtype of the model, in a temporary directory where they would
     take more than the weights do.
 
@@ -201,15 +201,15 @@ def sequential_compensation(
                 with masked(model, so_far, made, spec=spec):
                     found = fit()
                 refused += found.put(made)
-                if kept and has_inner(parts, place):
+                if kept and is_linear_inside(parts, place):
                     through = partial(masked, model, _through(spec, plan, place), spec=spec)
-                    _fit_inner(parts, place, kept, text, made, found, fit, through)
+                    refused += _fit_inner(parts, place, kept, text, made, found, fit, through)
             behind_it = _through(spec, plan, (block.index, "mlp"))
             with masked(model, behind_it, made, spec=spec):
                 for batch in chain(*text.values()):
                     batch.follow(parts, block.index)
             bar.update()
-        notes = fallback_notes(made.facts, refused)
+        notes = fallback_notes(made.facts, list(dict.fromkeys(refused)))
         head, told = head_map(parts, text, dampings) if changed else (None, {})
     facts = {**made.facts, **({"head": told} if told else {})}
     return replace(made, head_map=head, facts=facts, notes=notes)
@@ -242,20 +242,25 @@ def _fit_inner(
     found: Written,
     fit: Callable[[], Written],
     pruned: Callable[[Compensation], AbstractContextManager[None]],
-) -> None:
-    """Fit what the units that stay say, and recombine it, where both together are better."""
+) -> list[str]:
+    """Fit what the units that stay say, and recombine it, where both together are better.
+
+    Returns:
+        The name of the sub-block if that was refused.
+    """
     with pruned(made):
         inner = fit_inner(parts, place, kept, made, text)
     if inner is None:
-        return
+        return []
     more = replace(made, inner={**made.inner, place: inner.weight})
     with pruned(more):
         again = fit()
-    if again.error < found.error:
-        made.inner[place] = inner.weight
-        again.put(made)
-        if (facts := made.facts.get(name_of(place))) is not None:
-            facts["inner_steps"] = inner.steps
+    if not again.error < found.error:
+        return []
+    made.inner[place] = inner.weight
+    refused = again.put(made)
+    made.facts.setdefault(again.name, again.facts)["inner_steps"] = inner.steps
+    return refused
 
 
 def _reads_plainly(parts: DecoderParts, place: SubBlock) -> bool:

@@ -46,6 +46,7 @@ class Written:
         if self.constant is not None:
             made.constants[self.place] = self.constant.cpu()
         made.weights.pop(self.place, None)
+        made.facts.pop(self.name, None)
         if self.weight is not None:
             made.weights[self.place] = self.weight.cpu()
             made.facts[self.name] = self.facts

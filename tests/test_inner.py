@@ -8,7 +8,7 @@ import torch
 from lit_prune import inner
 from lit_prune.calibration import two_streams
 from lit_prune.decoder import DecoderParts, quiet, spec_for
-from lit_prune.inner import fit_inner, has_inner
+from lit_prune.inner import fit_inner, is_linear_inside
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.sequential import sequential_compensation
 from lit_prune.surgery import Compensation, apply_plan, masked, unit_columns
@@ -40,9 +40,16 @@ class Place:
         weight = (dense[:, self.columns] + 0.3 * dense.std() * noise).float()
         constant = 0.1 * torch.randn(len(dense), generator=generator).double()
         self.made = Compensation({self.place: constant}, self.plan.digest, "", {self.place: weight})
-        self.target = self.entered() @ dense.T  # the streams in front of it are equal
-        self.start = self.parts.inputs(*self.place)[-1].rows[list(self.kept)].flatten()
-        self.start = self.parts.inputs(*self.place)[-1].matrix.detach()[self.start]
+        self.dense = dense
+        self.look_at("calibrate")
+        projection = self.parts.inputs(*self.place)[-1]
+        rows = projection.rows[list(self.kept)].flatten()
+        self.start, self.start_row = projection.matrix.detach()[rows], int(rows[0])
+
+    def look_at(self, side):
+        """Measure errors on one side of the text."""
+        self.side = side
+        self.target = self.entered() @ self.dense.T  # the streams in front of it are equal
 
     @torch.no_grad()
     def entered(self):
@@ -51,7 +58,7 @@ class Place:
         handle = self.parts.output(*self.place).module.register_forward_pre_hook(
             lambda _module, args: found.append(args[0].flatten(0, -2))
         )
-        for row in ROWS.side("calibrate"):
+        for row in ROWS.side(self.side):
             self.model(input_ids=row.ids[None], use_cache=False)
         handle.remove()
         return torch.cat(found)
@@ -148,7 +155,7 @@ def test_which_sub_blocks_are_linear_inside(family):
     hidden = torch.randn(1, 7, parts.hidden_size, generator=torch.Generator().manual_seed(0))
     for kind in KINDS:
         if parts.routed(0, kind) is not None:
-            assert not has_inner(parts, (0, kind))
+            assert not is_linear_inside(parts, (0, kind))
             continue
         projection = parts.inputs(0, kind)[-1]
         lines = projection.rows.flatten()
@@ -171,7 +178,7 @@ def test_which_sub_blocks_are_linear_inside(family):
         away = torch.randn(start.shape, generator=torch.Generator().manual_seed(2)) * start.std()
         mean = (writes(start + 3 * away) + writes(start - 3 * away)) / 2
         linear = torch.allclose(mean, writes(start), rtol=1e-4, atol=1e-5)
-        if has_inner(parts, (0, kind)):
+        if is_linear_inside(parts, (0, kind)):
             assert linear, kind
         elif parts.is_inside(0, kind):
             assert not linear, kind
@@ -187,7 +194,7 @@ def test_the_whole_fit_is_better_with_it_and_surgery_does_it(family, monkeypatch
     if "kv_group" in dict(spec_for(model).refused):
         pytest.skip("its KV groups cannot go")
     found = sequential_compensation(model, plan, ROWS)
-    monkeypatch.setattr("lit_prune.sequential.has_inner", lambda *_: False)
+    monkeypatch.setattr("lit_prune.sequential.is_linear_inside", lambda *_: False)
     without = sequential_compensation(model, plan, ROWS)
     assert found.inner
     assert not without.inner
@@ -201,9 +208,16 @@ def test_the_whole_fit_is_better_with_it_and_surgery_does_it(family, monkeypatch
     apply_plan(model, plan, found)  # compares with the masked model
 
 
-def test_under_inference_mode_and_with_parameters_that_train():
-    model = tiny_model(layers=2)
-    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+@torch.inference_mode()
+def made_under_inference_mode():
+    return tiny_model(layers=2)
+
+
+@pytest.mark.parametrize("born", [False, True])
+def test_under_inference_mode_and_with_parameters_that_train(born):
+    model = made_under_inference_mode() if born else tiny_model(layers=2)
+    if not born:
+        model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = (LayerPlan(0, (0,), KEPT["mlp"]), LayerPlan(1, *ALL))
     plan = PruningPlan(spec_for(model).fingerprint, layers)
@@ -226,3 +240,72 @@ def test_it_is_saved_with_the_rest(tmp_path):
     again = Compensation.load(tmp_path / "compensation.safetensors")
     assert again.inner.keys() == found.inner.keys() != set()
     assert all(torch.equal(again.inner[place], x) for place, x in found.inner.items())
+
+
+class Louder(torch.nn.Linear):
+    """Computes something else than its weight says."""
+
+    def forward(self, x):
+        return 1.1 * super().forward(x)
+
+
+def louder(projection):
+    other = Louder(projection.in_features, projection.out_features, bias=False)
+    other.weight = projection.weight
+    return other
+
+
+def test_a_projection_that_does_more_than_its_weight_says_is_left_alone():
+    model = tiny_model(layers=2, kv_heads=2)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    attention.q_proj, mlp.up_proj = louder(attention.q_proj), louder(mlp.up_proj)
+    every = tuple(range(spec_for(model).blocks[0].mlp.num_units))
+    layers = (LayerPlan(0, (0,), every[:24]), LayerPlan(1, (1,), every))
+    plan = PruningPlan(spec_for(model).fingerprint, layers)
+    found = sequential_compensation(model, plan, ROWS)
+    assert (1, "mlp") not in found.inner
+    apply_plan(model, plan, found)  # compares with the masked model
+
+
+def test_hooks_of_the_caller_see_no_slopes_and_are_not_run_twice():
+    model = tiny_model(layers=2)
+    layers = (LayerPlan(0, (0, 1), KEPT["mlp"]), LayerPlan(1, *ALL))
+    plan = PruningPlan(spec_for(model).fingerprint, layers)
+    plain = sequential_compensation(model, plan, ROWS)
+    assert (0, "mlp") in plain.inner
+    seen = []
+    model.model.layers[0].mlp.up_proj.register_forward_hook(
+        lambda _module, _args, output: seen.append(output.requires_grad)
+    )
+    watched = sequential_compensation(model, plan, ROWS)
+    assert (0, "mlp") not in watched.inner
+    assert seen
+    assert not any(seen)
+    twice = tiny_model(layers=2)
+    twice.model.layers[0].mlp.register_forward_pre_hook(lambda _module, args: (2 * args[0],))
+    parts = DecoderParts(twice)
+    with quiet(twice), two_streams(parts, ROWS, ["calibrate"], 4096) as text:
+        for batch in text["calibrate"]:
+            batch.lead(parts, 0)
+            batch.arrive(parts, (0, "mlp"))
+            pruned, dense = batch.reads(parts, (0, "mlp"))
+            assert torch.equal(pruned, dense)
+
+
+def test_values_that_are_clipped_are_no_worse_on_text_that_was_not_fitted():
+    """Not linear: the steps are those of where it stands, and every one is tried."""
+    place = Place("attention", "olmo", kv_heads=2, clip_qkv=1.0)
+    found = place.fit()
+    place.look_at("choose")
+    assert found is None or place.error(found.weight) < place.error(place.start)
+
+
+def test_a_value_that_is_all_bias_does_not_stop_the_rest():
+    place = Place("attention", "qwen2", kv_heads=2)
+    value = place.parts.inputs(0, "attention")[-1]
+    with torch.no_grad():
+        value.module.weight[place.start_row] = 0
+        value.module.bias[place.start_row] = 1
+    place.start = value.matrix.detach()[value.rows[list(place.kept)].flatten()]
+    found = place.fit()
+    assert place.error(found.weight) < 0.99 * place.error(place.start)

@@ -40,7 +40,7 @@ class TwoStreams:
             ``attention reads`` and ``mlp reads``: what its input projections got there. And of the
             sub-block that the pruned one has come to: the ``stream`` that its norm gets, and what
             it is ``called`` with.
-        calls: The call of that sub-block in the pruned model, to repeat (of one that has no module
+        calls: The call of that one sub-block in the pruned model, to repeat (where it has no module
             of its own: of its layer).
     """
 
@@ -66,10 +66,12 @@ class TwoStreams:
     def arrive(self, parts: DecoderParts, place: SubBlock) -> None:
         """Take the pruned model up to a sub-block, as its layer is now, and keep what that is told.
 
-        For `reads`, `enters` and `call`, which may then be asked as often as needed.
+        For `reads`, `enters` and ``calls``, which may then be asked as often as needed.
         """
         layer, kind = place
         self.calls.clear()
+        for name in [name for name in self.shelf if name.startswith("called")]:
+            del self.shelf[name]
         norm, inside = parts.norm_path(kind), parts.is_inside(layer, kind)
         stream: list[Tensor] = []
         with ExitStack() as hooks:
@@ -252,7 +254,9 @@ def _calls_of(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, An
         hidden, others = call_of(layer, args, kwargs)
         calls.append((hidden if not calls else calls[0][0], others))
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    handles = [
+        layer.register_forward_pre_hook(note, with_kwargs=True, prepend=True) for layer in layers
+    ]
     try:
         yield calls
     finally:
@@ -269,7 +273,8 @@ def _call_to(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str
         found.append((args, kwargs))
         raise _Reached
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    # first of all: what other hooks make of the call they make of it again
+    handle = module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
     try:
         yield found
     except _Reached:

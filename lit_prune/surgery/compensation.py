@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_prune.decoder import KINDS, DecoderParts, SubBlock, SubBlockKind, spec_for
 from lit_prune.errors import ArtifactError, PlanMismatchError
@@ -65,10 +65,6 @@ class Compensation:
     head_map: Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    def reads(self, place: SubBlock) -> bool:
-        """Return whether it changes the input projections of a sub-block."""
-        return place in self.input_maps or place in self.inner
 
     def save(self, path: Path) -> None:
         """Write ``compensation.safetensors``."""
@@ -231,8 +227,8 @@ def unit_columns(units: Sequence[int], unit_width: int) -> Tensor:
 
 def compensated_inputs(
     parts: DecoderParts, place: SubBlock, kept: Sequence[int], compensation: Compensation | None
-) -> list[tuple[Projection, Callable[[], Tensor]]]:
-    """Return the input projections of a sub-block, and what makes their weights, ``[out, in]``.
+) -> dict[nn.Module, Callable[[], Tensor]]:
+    """Return what makes the weights of those input projections that change, ``[out, in]``.
 
     Rows of units that go are what they may be: nobody reads what they make.
 
@@ -256,7 +252,11 @@ def compensated_inputs(
             matrix = matrix.index_copy(0, lines, inner.to(matrix))
         return matrix
 
-    return [(each, partial(weight, each)) for each in parts.input_modules(*place)]
+    return {
+        each.module: partial(weight, each)
+        for each in parts.input_modules(*place)
+        if input_map is not None or (inner is not None and each.module is linear.module)
+    }
 
 
 def mapped(weight: Tensor, input_map: Tensor) -> Tensor:

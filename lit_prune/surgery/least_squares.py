@@ -111,14 +111,17 @@ def fallback_notes(
     """Say which sub-blocks were not compensated as asked, and why.
 
     Args:
-        chosen: What was chosen for each sub-block; ``damping`` None: the mean alone.
+        chosen: What was chosen for each sub-block; ``damping`` None: the mean alone, unless what
+            lies inside was fitted.
         refused: Sub-blocks with a system that could not be solved.
         judged: Whether held-out text chose.
     """
     alone = [
         name
         for name, facts in chosen.items()
-        if facts["damping"] is None and (judged or name not in refused)
+        if facts["damping"] is None
+        and "inner_steps" not in facts
+        and (judged or name not in refused)
     ]
     notes = []
     if refused:

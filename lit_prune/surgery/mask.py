@@ -57,13 +57,11 @@ def masked(
                 elif len(kept) < part.num_units:
                     handles.append(route_past(routed, kept))
                 continue
-            if kept and compensation is not None and compensation.reads((index, part.kind)):
-                handles += [
-                    Instead(each.module, _projection(weight, each.module.bias))
-                    for each, weight in compensated_inputs(
-                        parts, (index, part.kind), kept, compensation
-                    )
-                ]
+            if kept:
+                others = compensated_inputs(parts, (index, part.kind), kept, compensation)
+                for module, weight in others.items():
+                    bias: Any = module.bias
+                    handles.append(Instead(module, _projection(weight, bias)))
             linear = parts.output(index, part.kind)
             like = linear.weight
             constant = constants.get((index, part.kind))

@@ -98,10 +98,12 @@ def _slice(
     dim = output.dim(rows=False)
     edits.parameter(output.module, "weight", output.oriented(weight), kept=(dim, columns))
     edits.attribute(output.module, output.size_names()[1], len(columns))
-    for each, make in compensated_inputs(parts, place, kept, compensation):
+    others = compensated_inputs(parts, place, kept, compensation)
+    for each in parts.input_modules(*place):
         assert each.rows is not None  # noqa: S101 - units own rows of inputs
         lines, module = kept_lines(each.rows, kept).to(device), each.module
-        weight = each.oriented(make()[lines])
+        make = others.get(module)
+        weight = each.oriented((each.matrix if make is None else make())[lines])
         edits.parameter(module, "weight", weight, kept=(each.dim(rows=True), lines))
         if module.bias is not None:
             edits.parameter(module, "bias", module.bias[lines], kept=(0, lines))
@@ -129,8 +131,9 @@ def _refit(
     if place in compensation.weights:
         output = parts.output(*place)
         edits.parameter(output.module, "weight", output.oriented(compensation.weights[place]))
-    if compensation.reads(place):
-        for each, make in compensated_inputs(parts, place, kept, compensation):
+    others = compensated_inputs(parts, place, kept, compensation)
+    for each in parts.input_modules(*place):
+        if (make := others.get(each.module)) is not None:
             edits.parameter(each.module, "weight", each.oriented(make()))
 
 
