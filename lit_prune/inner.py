@@ -141,20 +141,13 @@ class _Linear:
         # a unit's columns: for each of its query heads what its rows hold
         self._by_row = (len(rows), -1, rows.shape[1])
         self._columns = unit_columns(kept, parts.unit_width(*place)).to(like.device)
-        self._matrix = self._input_matrix(kept, made)
+        other = compensated_inputs(parts, place, kept, made).get(self._input)
+        self._matrix = (parts.inputs(*place)[-1].matrix if other is None else other()).detach()
         self.start = self._matrix[self._rows].double()
         self.exact = torch.promote_types(self._matrix.dtype, torch.float32)
         written = made.weights.get(place, like[:, self._columns])
         self._written = written.detach().to(like.device, like.dtype)
         self._constant = made.constants.get(place)
-
-    def _input_matrix(self, kept: Sequence[int], made: Compensation) -> Tensor:
-        projection = next(
-            each for each in self.parts.input_modules(*self.place) if each.module is self._input
-        )
-        make = compensated_inputs(self.parts, self.place, kept, made).get(projection.module)
-        matrix: Tensor = projection.matrix if make is None else make()
-        return matrix.detach()
 
     def wanted(self, batch: TwoStreams) -> Tensor:
         """Return what its output projection should make, but for constants, ``[tokens, …]``."""

@@ -24,8 +24,7 @@ class Written:
     """An output projection, fitted; `put` says where.
 
     Attributes:
-        name: Of the sub-block.
-        place: The same.
+        place: The sub-block.
         weight: ``[hidden_size, kept columns]``, float32; None where it stays as it is.
         constant: ``[hidden_size]``, float64; None where none is added.
         error: Of the choose side, as of `AffineRefit`.
@@ -33,13 +32,17 @@ class Written:
         refused: Whether the system could not be solved at some damping.
     """
 
-    name: str
     place: SubBlock
     weight: Tensor | None
     constant: Tensor | None
     error: float = 0.0
     facts: dict[str, float | None] = field(default_factory=dict)
     refused: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the sub-block."""
+        return name_of(self.place)
 
     def put(self, made: Compensation) -> list[str]:
         """Add it to what was made; return the name if it was refused."""
@@ -64,12 +67,11 @@ def fit_output(
     bias: bool,
 ) -> Written:
     """Fit what the kept columns are multiplied with, and the constant."""
-    name = name_of(place)
     columns = unit_columns(kept, parts.unit_width(*place))
     moments = {side: _moments(parts, place, columns, batches) for side, batches in text.items()}
     inputs, target = moments["calibrate"].means
     if not len(columns):
-        return Written(name, place, None, target)
+        return Written(place, None, target)
     # about the means where a constant follows, else about zero
     centre = (inputs, target) if bias else None
     dense = parts.output(*place).weight.detach()
@@ -82,7 +84,6 @@ def fit_output(
     # float32 is what is kept, and every dtype below: the constant fits the rounded weights
     rounded = found.weight.float()
     return Written(
-        name,
         place,
         rounded if cut or found.damping is not None else None,
         target - rounded.double() @ inputs if bias else None,

@@ -18,6 +18,8 @@ from lit_prune.errors import CalibrationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from torch.utils.hooks import RemovableHandle
+
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
     from lit_prune.decoder import DecoderParts, SubBlock
@@ -274,17 +276,23 @@ def _call_to(module: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str
         raise _Reached
 
     # first of all: what other hooks make of the call they make of it again
-    handle = module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)
-    try:
+    with _hooked(module.register_forward_pre_hook(note, with_kwargs=True, prepend=True)):
         yield found
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 class _Reached(Exception):  # noqa: N818 - what was wanted is there
     pass
+
+
+@contextmanager
+def _hooked(handle: RemovableHandle) -> Iterator[None]:
+    """Keep a hook for the time of the ``with``, which it may end."""
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -297,13 +305,8 @@ def inputs_of(module: nn.Module, *, last: bool = False) -> Iterator[list[Tensor]
         if last:
             raise _Reached
 
-    handle = module.register_forward_pre_hook(note)
-    try:
+    with _hooked(module.register_forward_pre_hook(note)):
         yield found
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -314,8 +317,5 @@ def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
     def note(_module: nn.Module, _args: object, output: Tensor) -> None:
         found.append(output.clone())
 
-    handle = module.register_forward_hook(note)
-    try:
+    with _hooked(module.register_forward_hook(note)):
         yield found
-    finally:
-        handle.remove()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lit_prune.plan import PruningPlan
 
 _HEAD = "head_map"  # in a file
+# What is there by sub-block, by the name that a file has in front of the place.
+_GROUPS = {"": "constants", "weights.": "weights", "input_maps.": "input_maps", "inner.": "inner"}
 # Parameters in memory at once, copied from their device; beyond that, memory is the limit.
 _HASHED_AT_ONCE = 8
 
@@ -78,16 +80,10 @@ class Compensation:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return constants and weights by the names that they have in a file."""
-        groups = {
-            "": self.constants,
-            "weights.": self.weights,
-            "input_maps.": self.input_maps,
-            "inner.": self.inner,
-        }
-        found = {
+        found: dict[str, Tensor] = {
             f"{group}{layer}.{kind}": x
-            for group, by_place in groups.items()
-            for (layer, kind), x in by_place.items()
+            for group, field_name in _GROUPS.items()
+            for (layer, kind), x in getattr(self, field_name).items()
         }
         if self.head_map is not None:
             found[_HEAD] = self.head_map
@@ -99,22 +95,14 @@ class Compensation:
         Raises:
             KeyError, ValueError: If a name is none of those.
         """
-        groups: dict[str, dict[SubBlock, Tensor]] = {
-            "": {}, "weights": {}, "input_maps": {}, "inner": {},
-        }  # fmt: skip
+        found: dict[str, dict[SubBlock, Tensor]] = {name: {} for name in _GROUPS.values()}
         for name, tensor in tensors.items():
             if name != _HEAD:
                 *group, layer, kind = name.split(".")
-                groups[".".join(group)][int(layer), _kind(kind)] = tensor
-        constants, weights, input_maps, inner = groups.values()
-        return replace(
-            self,
-            constants=constants,
-            weights=weights,
-            input_maps=input_maps,
-            inner=inner,
-            head_map=tensors.get(_HEAD),
-        )
+                there = found[_GROUPS["".join(f"{part}." for part in group)]]
+                there[int(layer), _kind(kind)] = tensor
+        by_place: dict[str, Any] = {**found, "head_map": tensors.get(_HEAD)}
+        return replace(self, **by_place)
 
     @classmethod
     def load(cls, path: Path) -> Compensation:
