@@ -29,7 +29,7 @@ from lit_prune.calibration import (
     two_streams,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, is_plain, quiet, spec_for
-from lit_prune.inner import fit_inner, is_linear_inside
+from lit_prune.inner import can_be_fitted_inside, fit_inner
 from lit_prune.methods import preset
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.planning import describe
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from lit_prune.writing import Written
 
 _SIDES: tuple[Side, Side] = ("calibrate", "choose")
+# How often what lies inside and what is written are fitted in turn: in an MLP each helps the other.
+_ROUNDS = {"attention": 1, "mlp": 3}
 
 
 def compensated(
@@ -129,7 +131,7 @@ def sequential_compensation(
 
     Before that, behind the first cut, what the sub-block reads is fitted (`input_map`; not of
     experts), and behind the last layer what the head reads (`head_map`). After it, what lies inside
-    (`fit_inner`), and the output projection once more.
+    (`fit_inner`) and the output projection in turn, as often as both together are better.
 
     Costs as much as about twelve forwards over both sides, one layer at a time; memory:
     ``8 * width * (width + hidden_size)`` bytes for each side, and eight hidden states ``[tokens,
@@ -201,7 +203,7 @@ def sequential_compensation(
                 with masked(model, so_far, made, spec=spec):
                     found = fit()
                 refused += found.put(made)
-                if kept and is_linear_inside(parts, place):
+                if kept and can_be_fitted_inside(parts, place):
                     through = partial(masked, model, _through(spec, plan, place), spec=spec)
                     refused += _fit_inner(parts, place, kept, text, made, found, fit, through)
             behind_it = _through(spec, plan, (block.index, "mlp"))
@@ -243,23 +245,27 @@ def _fit_inner(
     fit: Callable[[], Written],
     pruned: Callable[[Compensation], AbstractContextManager[None]],
 ) -> list[str]:
-    """Fit what the units that stay say, and recombine it, where both together are better.
+    """Fit what the units that stay say, and recombine it, as often as both together are better.
 
     Returns:
-        The name of the sub-block if that was refused.
+        The name of the sub-block if a system was refused.
     """
-    with pruned(made):
-        inner = fit_inner(parts, place, kept, made, text)
-    if inner is None:
-        return []
-    more = replace(made, inner={**made.inner, place: inner.weight})
-    with pruned(more):
-        again = fit()
-    if not again.error < found.error:
-        return []
-    made.inner[place] = inner.weight
-    refused = again.put(made)
-    made.facts.setdefault(again.name, again.facts)["inner_steps"] = inner.steps
+    refused: list[str] = []
+    steps = 0
+    for _ in range(_ROUNDS[place[1]]):
+        with pruned(made):
+            inner = fit_inner(parts, place, kept, made, text)
+        if inner is None:
+            break
+        more = replace(made, inner={**made.inner, place: inner.weight})
+        with pruned(more):
+            again = fit()
+        if not again.error < found.error:
+            break
+        found, steps = again, steps + inner.steps
+        made.inner[place] = inner.weight
+        refused += again.put(made)
+        made.facts.setdefault(again.name, again.facts)["inner_steps"] = steps
     return refused
 
 

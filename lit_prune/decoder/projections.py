@@ -47,6 +47,17 @@ class Projection:
         """The weight in this role, ``[rows, in]``."""
         return self.matrix if self._is_whole else self.matrix[self._lines()]
 
+    def lines_of(self, units: Sequence[int]) -> Tensor:
+        """Return which outputs some units own, unit by unit.
+
+        Example:
+            >>> a, b = unit_rows((1, 2), 2)
+            >>> Projection(nn.Linear(2, 6), False, b).lines_of([1, 0])
+            tensor([4, 5, 2, 3])
+        """
+        assert self.rows is not None  # noqa: S101 - units own its columns
+        return self.rows[list(units)].flatten()
+
     @property
     def bias(self) -> Tensor | None:
         """The bias in this role, ``[rows]``; None where there is none."""

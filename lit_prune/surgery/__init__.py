@@ -4,6 +4,7 @@ from lit_prune.surgery.apply import applied, apply_plan, tried
 from lit_prune.surgery.compensation import (
     Compensation,
     compensated_inputs,
+    fitted_inputs,
     mean_compensation,
     unit_columns,
     weights_digest,
@@ -28,6 +29,7 @@ __all__ = [
     "apply_plan",
     "compensated_inputs",
     "fallback_notes",
+    "fitted_inputs",
     "least_squares_compensation",
     "masked",
     "mean_compensation",

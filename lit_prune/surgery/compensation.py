@@ -48,9 +48,9 @@ class Compensation:
         input_maps: What the input projections of a sub-block get is mapped by, where what they get
             has changed, by ``(layer, kind)``, ``[hidden_size, hidden_size]`` each, float32: the
             weights become ``W M``.
-        inner: New weights of the value projection of an attention, or of the up projection of a
-            gated MLP, by ``(layer, kind)``, ``[rows of units that stay, hidden_size]`` each,
-            float32, unit by unit; in place of what an input map makes of them.
+        inner: New weights of `fitted_inputs` of a sub-block, by ``(layer, kind)``, ``[rows of units
+            that stay, hidden_size]`` each, float32, one projection after the other, unit by unit;
+            in place of what an input map makes of them.
         head_map: What the head gets is mapped by, ``[hidden_size, hidden_size]``; where its weights
             are those of the embeddings, which stay, a number that the final norm is scaled by,
             ``[]``.
@@ -228,23 +228,38 @@ def compensated_inputs(
     """
     input_map = None if compensation is None else compensation.input_maps.get(place)
     inner = None if compensation is None else compensation.inner.get(place)
-    linear = parts.inputs(*place)[-1]
+    news: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    if inner is not None:
+        fitted = fitted_inputs(parts, place)
+        lines = [each.lines_of(kept) for each in fitted]
+        rows = inner.split([len(each) for each in lines])
+        modules = [each.module for each in fitted]
+        news = dict(zip(modules, zip(lines, rows, strict=True), strict=True))
 
     def weight(each: Projection) -> Tensor:
         matrix: Tensor = each.matrix.detach()
         if input_map is not None:
             matrix = mapped(matrix, input_map)
-        if inner is not None and each.module is linear.module:
-            assert linear.rows is not None  # noqa: S101 - units own rows of inputs
-            lines = linear.rows[list(kept)].flatten().to(matrix.device)
-            matrix = matrix.index_copy(0, lines, inner.to(matrix))
+        if each.module in news:
+            own, new = news[each.module]
+            matrix = matrix.index_copy(0, own.to(matrix.device), new.to(matrix))
         return matrix
 
     return {
         each.module: partial(weight, each)
         for each in parts.input_modules(*place)
-        if input_map is not None or (inner is not None and each.module is linear.module)
+        if input_map is not None or each.module in news
     }
+
+
+def fitted_inputs(parts: DecoderParts, place: SubBlock) -> tuple[Projection, ...]:
+    """Return the projections that `Compensation.inner` has new weights of.
+
+    Of an attention its value projection, of an MLP all that reads; of a fused one, its rows.
+    """
+    if place[1] == "attention":
+        return parts.inputs(*place)[-1:]
+    return parts.input_modules(*place)
 
 
 def mapped(weight: Tensor, input_map: Tensor) -> Tensor:
