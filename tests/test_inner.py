@@ -8,9 +8,10 @@ import torch
 from lit_prune import inner
 from lit_prune.calibration import inputs_of, two_streams
 from lit_prune.decoder import DecoderParts, quiet, spec_for
-from lit_prune.inner import _product, _Told, _Writes, can_be_fitted_inside, fit_inner
+from lit_prune.inner import _product, can_be_fitted_inside, fit_inner
 from lit_prune.plan import LayerPlan, PruningPlan
 from lit_prune.sequential import sequential_compensation
+from lit_prune.slopes import Told, Writes
 from lit_prune.surgery import Compensation, apply_plan, fitted_inputs, masked, unit_columns
 from tests.models import CONFIGS, tiny_model
 from tests.naive import uneven_rows
@@ -126,8 +127,8 @@ def test_the_matrix_of_an_mlp_is_that_of_gauss_and_newton(family):
     _, expected = torch.autograd.functional.vjp(writes, place.start, moved)
 
     def product(text):
-        what = _Writes(parts, place.place, place.kept, place.made)
-        return _product(what, [_Told(batch, what) for batch in text["calibrate"]], way)
+        what = Writes(parts, place.place, place.kept, place.made)
+        return _product(what, [Told(batch, what) for batch in text["calibrate"]], way)
 
     torch.testing.assert_close(place.there(product), expected / len(z), rtol=1e-6, atol=1e-12)
 
