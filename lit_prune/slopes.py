@@ -125,15 +125,17 @@ class Writes:
 
         Once for each run of an attention, whose slopes are the same wherever it stands.
         """
-        of_columns = of_written @ self._written
+        # half precision has no small numbers, nor large ones
+        far = of_written.abs().max().clamp_min(torch.finfo(of_written.dtype).tiny)
+        of_columns = (of_written / far) @ self._written
         if run.own is None:
             of_rows = self._slopes(run, of_columns)
         else:
             of_rows = run.own * of_columns.index_select(1, self._own)
         inputs = run.inputs
-        if inputs.dtype is torch.float16:  # whose largest number is soon reached
+        if inputs.dtype is torch.float16:  # a sum over tokens is beyond its largest
             of_rows, inputs = of_rows.float(), inputs.float()
-        return (of_rows.T @ inputs).double()
+        return (of_rows.T @ inputs).double() * far.double()
 
     def moved(self, told: Told, direction: Tensor) -> tuple[Run, Tensor]:
         """Return how what is written moves with the weights, ``[real tokens, hidden_size]``.

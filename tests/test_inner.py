@@ -334,3 +334,103 @@ def test_a_value_that_is_all_bias_does_not_stop_the_rest():
     place.start[0] = 0
     found = place.fit()
     assert place.error(found.weight) < 0.99 * place.error(place.start)
+
+
+class Unsloped(torch.nn.Module):
+    """An activation of an inference kernel."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return torch.nn.functional.silu(x)
+
+
+class InPlace(torch.autograd.Function):
+    """A gate whose backward writes over what it saved, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, slope):
+        gate, up = ctx.saved_tensors
+        share = torch.sigmoid(gate)
+        of_up = slope * gate * share
+        of_gate = slope * up * share * (1 + gate * (1 - share))
+        gate.data.copy_(of_gate)
+        up.data.copy_(of_up)
+        return gate, up
+
+
+class Fused(torch.nn.Module):
+    """An MLP on top of `InPlace`."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        return self.down_proj(InPlace.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def half_cut(model):
+    layers = (LayerPlan(0, ALL[0], KEPT["mlp"]), LayerPlan(1, *ALL))
+    return PruningPlan(spec_for(model).fingerprint, layers)
+
+
+@pytest.mark.parametrize(("family", "name"), [("llama", "act_fn"), ("starcoder2", "act")])
+def test_what_has_no_slope_is_left_alone(family, name):
+    """Of a gate without a slope the up projection has one."""
+    model = tiny_model(family, layers=2)
+    for layer in model.model.layers:
+        setattr(layer.mlp, name, Unsloped())
+    plan, gates = half_cut(model), model.model.layers[0].mlp
+    found = sequential_compensation(model, plan, ROWS)
+    assert ((0, "mlp") in found.inner) == (family == "llama")
+    if family == "llama":
+        gate = found.inner[0, "mlp"][: len(KEPT["mlp"])]
+        assert torch.equal(gate, gates.gate_proj.weight[list(KEPT["mlp"])])
+    apply_plan(model, plan, found)
+
+
+def test_kernels_that_write_over_what_they_saved_say_the_same():
+    model = tiny_model(layers=2)
+    plan = half_cut(model)
+    plain = sequential_compensation(model, plan, ROWS)
+    for layer in model.model.layers:
+        layer.mlp = Fused(layer.mlp)
+    fused = sequential_compensation(model, plan, ROWS)
+    assert plain.inner.keys() == fused.inner.keys() != set()
+    for place, weight in plain.inner.items():
+        torch.testing.assert_close(fused.inner[place], weight, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype):
+    """Slopes, and sums over tokens, are beyond 65,504, the largest number of float16."""
+    model = tiny_model(layers=1, kv_heads=2)
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight.fill_(10)
+        for projection in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            projection.weight.mul_(5)
+    plan = PruningPlan(spec_for(model).fingerprint, (LayerPlan(0, (0, 1), KEPT["mlp"]),))
+    rows = uneven_rows(100)
+    steps = [
+        sequential_compensation(each, plan, rows).facts["layer 0 mlp"].get("inner_steps", 0)
+        for each in (model, model.to(dtype))
+    ]
+    assert steps[0] > 3
+    assert steps[1] > steps[0] / 2
+
+
+@pytest.mark.parametrize(
+    "hook", ["register_forward_pre_hook", "register_full_backward_hook", "register_forward_hook"]
+)
+def test_hooks_inside_are_not_handed_slopes(hook):
+    model = tiny_model(layers=2)
+    calls = []
+    getattr(model.model.layers[0].mlp.act_fn, hook)(lambda *_: calls.append(1))
+    assert not can_be_fitted_inside(DecoderParts(model), (0, "mlp"))
+    assert can_be_fitted_inside(DecoderParts(model), (1, "mlp"))
+    assert not calls
