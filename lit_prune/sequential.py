@@ -133,7 +133,7 @@ def sequential_compensation(
     experts), and behind the last layer what the head reads (`head_map`). After it, what lies inside
     (`fit_inner`) and the output projection in turn, as often as both together are better.
 
-    Costs as much as about twelve forwards over both sides, one layer at a time; memory:
+    Costs as much as up to thirty forwards over both sides, one layer at a time; memory:
     ``8 * width * (width + hidden_size)`` bytes for each side, and eight hidden states ``[tokens,
     hidden_size]`` of that text in the dtype of the model, in a temporary directory where they would
     take more than the weights do.
