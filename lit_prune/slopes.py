@@ -148,9 +148,9 @@ class Writes:
             return run, self.written(run)
         run = self(told, self.start, sloped=True)
         assert run.own is not None  # noqa: S101 - for the type checker
-        moves = run.own * (run.inputs @ direction.to(run.inputs).T)
-        columns = moves.new_zeros(run.columns.shape).index_add_(1, self._own, moves)
-        return run, nn.functional.linear(columns, self._written)
+        moves = (run.own * (run.inputs @ direction.to(run.inputs).T)).split(self._sizes, 1)
+        columns = torch.stack([part.unflatten(1, (self._units, -1)).sum(2) for part in moves])
+        return run, nn.functional.linear(columns.sum(0), self._written)
 
     def weigh(self, run: Run) -> Tensor:
         """Return how much each row weighs in what is written, squared: a sum over tokens.
