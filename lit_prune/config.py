@@ -103,7 +103,7 @@ class PruningConfig:
         compensation: ``mean`` puts the mean output of what was cut into a bias; ``least_squares``
             also folds its conditional mean into the columns that stay; ``sequential`` fits what
             reads the residual stream, what lies inside a sub-block and what it writes, layer by
-            layer behind what was cut before, to the dense model's stream (up to thirty forwards);
+            layer behind what was cut before, to the dense model's stream (some thirty forwards);
             ``none`` does nothing. None: what the preset's paper does.
         add_biases: False adds no bias, for a place of deployment that has none (Mistral's and
             Qwen's own classes, Qwen3 in llama.cpp): ``sequential`` then fits weights alone, nothing

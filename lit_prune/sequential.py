@@ -133,10 +133,10 @@ def sequential_compensation(
     experts), and behind the last layer what the head reads (`head_map`). After it, what lies inside
     (`fit_inner`) and the output projection in turn, as often as both together are better.
 
-    Costs as much as up to thirty forwards over both sides, one layer at a time; memory:
-    ``8 * width * (width + hidden_size)`` bytes for each side, and eight hidden states ``[tokens,
-    hidden_size]`` of that text in the dtype of the model, in a temporary directory where they would
-    take more than the weights do.
+    Costs as much as some thirty forwards over both sides where every step is taken, one layer at a
+    time; memory: ``8 * width * (width + hidden_size)`` bytes for each side, and eight hidden states
+    ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary directory where
+    they would take more than the weights do.
 
     Args:
         model: The dense model that the plan was made for; it is left as it was.

@@ -232,9 +232,9 @@ def compensated_inputs(
     if inner is not None:
         fitted = fitted_inputs(parts, place)
         lines = [each.lines_of(kept) for each in fitted]
-        rows = inner.split([len(each) for each in lines])
-        modules = [each.module for each in fitted]
-        news = dict(zip(modules, zip(lines, rows, strict=True), strict=True))
+        rows = inner.split([len(own) for own in lines])
+        for each, own, new in zip(fitted, lines, rows, strict=True):
+            news[each.module] = own, new
 
     def weight(each: Projection) -> Tensor:
         matrix: Tensor = each.matrix.detach()
