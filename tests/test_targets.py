@@ -1,6 +1,8 @@
 """Each target lands within its tolerance on models of three sizes, or says which bound it hit."""
 
+import copy
 import math
+import statistics
 import time
 
 import pytest
@@ -109,15 +111,17 @@ def test_speed_up_measured_again_is_what_was_predicted(size, monkeypatch):
     options = {"latency_prompt_tokens": 64, "latency_new_tokens": 1, "preset": "conditional"}
     workload = {"prompt_tokens": 64, "new_tokens": 1}
 
-    def whole():
+    def whole(of):
         return sum(
-            float(rows[-1, 1]) for rows in measure_sub_blocks(model, **workload).seconds.values()
+            float(rows[-1, 1]) for rows in measure_sub_blocks(of, **workload).seconds.values()
         )
 
-    before = whole()
+    dense = copy.deepcopy(model)
     result = prune(model, batches(model), target_speedup=1.5, **options)
     predicted = result.report.target["predicted"]
-    assert before / whole() == pytest.approx(predicted, rel=0.05)
+    # in turn, for clocks of a shared machine drift between a measurement and the next
+    ratios = [whole(dense) / whole(model) for _ in range(5)]
+    assert statistics.median(ratios) == pytest.approx(predicted, rel=0.05)
 
 
 BOUNDS = [

@@ -142,6 +142,7 @@ class Compensation:
                 "in the dtype that the plan was made in, or make it again from a calibration of "
                 "this model."
             )
+        self._check_shapes(DecoderParts(model), plan)
         spec = spec_for(model)
         gone = [(i, kind) for i, kind in self.constants if not plan.layers[i].kept(kind)]
         if gone and not spec.removed_constants:
@@ -150,6 +151,21 @@ class Compensation:
                 f"goes whole: in {spec.model_type} models {spec.why_no_constants}. Make the "
                 "compensation with removed_mean='drop'."
             )
+
+    def _check_shapes(self, parts: DecoderParts, plan: PruningPlan) -> None:
+        for group in _GROUPS.values():
+            for (layer, kind), tensor in getattr(self, group).items():
+                shape = None
+                if layer < len(parts.layers) and parts.exists(layer, kind):
+                    kept = plan.layers[layer].kept(kind)
+                    shape = _shapes(parts, (layer, kind), kept).get(group)
+                if tensor.shape != shape:
+                    raise PlanMismatchError(
+                        f"compensation has {group} of shape {list(tensor.shape)} for layer "
+                        f"{layer} {kind}; expected "
+                        f"{'none' if shape is None else list(shape)}. It was written by another "
+                        "version of lit_prune, or altered: make it again."
+                    )
 
 
 def mean_compensation(
@@ -200,6 +216,20 @@ def mean_compensation(
 
 def _kind(name: str) -> SubBlockKind:
     return KINDS[KINDS.index(name)]  # ValueError where it is none
+
+
+def _shapes(
+    parts: DecoderParts, place: SubBlock, kept: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """Return what shape tensors of a sub-block have, by attribute of `Compensation`."""
+    hidden = parts.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"constants": (hidden,)}
+    if kept and parts.routed(*place) is None:
+        rows = sum(len(each.lines_of(kept)) for each in fitted_inputs(parts, place))
+        shapes["weights"] = (hidden, len(kept) * parts.unit_width(*place))
+        shapes["input_maps"] = (hidden, hidden)
+        shapes["inner"] = (rows, hidden)
+    return shapes
 
 
 def unit_columns(units: Sequence[int], unit_width: int) -> Tensor:

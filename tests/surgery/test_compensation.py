@@ -8,8 +8,9 @@ from lit_prune.calibration import Row, RowSet, replay
 from lit_prune.decoder import spec_for
 from lit_prune.errors import ArtifactError, PlanMismatchError
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.surgery import Compensation, mean_compensation, weights_digest
+from lit_prune.surgery import Compensation, apply_plan, mean_compensation, weights_digest
 from tests.models import tiny_model, tiny_rows
+from tests.state import unchanged
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,20 @@ def test_a_compensation_that_was_altered_does_not_fit(made):
     other = Compensation(compensation.constants, "0" * 64, compensation.weights_digest)
     with pytest.raises(PlanMismatchError, match="was made for plan 000000000000"):
         other.check(model, plan)
+
+
+@pytest.mark.parametrize(
+    ("group", "place", "shape", "words"),
+    [
+        ("constants", (0, "attention"), (3,), r"constants of shape \[3\] for layer 0 attention"),
+        ("weights", (2, "mlp"), (8, 8), "layer 2 mlp; expected none"),  # which goes whole
+        ("inner", (0, "mlp"), (1, 8), r"inner of shape \[1, 8\] for layer 0 mlp; expected \["),
+        ("input_maps", (9, "mlp"), (8, 8), "layer 9 mlp; expected none"),
+    ],
+)
+def test_tensors_of_another_shape_are_refused_by_name(made, group, place, shape, words):
+    model, plan, units = made
+    compensation = mean_compensation(model, plan, units)
+    getattr(compensation, group)[place] = torch.zeros(shape)
+    with unchanged(model), pytest.raises(PlanMismatchError, match=words):
+        apply_plan(model, plan, compensation)
