@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lit_prune.allocation import refuse_impossible
 from lit_prune.calibration import (
     Calibration,
     bypass_units,
+    covariance_groups,
     measure_residuals,
     measure_sensitivities,
     measure_taylor,
@@ -42,6 +44,10 @@ if TYPE_CHECKING:
     from lit_prune.calibration import Replayed, RowSet, Unit
     from lit_prune.config import PruningConfig
     from lit_prune.ranks import Ranks
+
+_log = logging.getLogger(__name__)
+# Bytes of covariances that one wants to be told of.
+_MUCH = 10**9
 
 
 def calibrate(
@@ -118,6 +124,7 @@ def _calibrated(
     }
     if squares:
         options["covariance_bytes"] = config.covariance_bytes
+        _say_memory(model, config)
     run = replay_within if squares else replay
     replayed = run(
         model,
@@ -187,6 +194,18 @@ def experts_curve(gram: Tensor, order: Tensor | None = None) -> Tensor:
     damage = experts_damage(gram, order)
     leaves = torch.cat([order.new_full((1,), -1), order])
     return torch.stack([leaves.double(), damage, damage], 1)
+
+
+def _say_memory(model: PreTrainedModel, config: PruningConfig) -> None:
+    """Say what covariances will take, before they take it; aloud where that is much."""
+    groups = covariance_groups(DecoderParts(model), config.covariance_bytes)
+    whole = 2 * sum(size for group in groups for size in group.values())
+    _log.log(
+        logging.WARNING if whole >= _MUCH else logging.INFO,
+        "covariances of %d sub-blocks, of two sides of the text, will take %.2f GB of memory; they "
+        "are measured in %d pass(es) a side",
+        sum(map(len, groups)), whole / 1e9, len(groups),
+    )  # fmt: skip
 
 
 def _about(other: Replayed, calibrated: Replayed) -> dict[SubBlock, Tensor]:

@@ -6,13 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.errors import ArtifactError, PlanMismatchError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lit_prune.decoder import DecoderSpec, SubBlockKind
 
 SCHEMA_VERSION = 1
@@ -122,7 +121,7 @@ class PruningPlan:
         return plan
 
     @classmethod
-    def load(cls, path: Path) -> PruningPlan:
+    def load(cls, path: str | Path) -> PruningPlan:
         """Read ``plan.json``.
 
         Raises:
@@ -130,7 +129,7 @@ class PruningPlan:
             PlanMismatchError: If it is not what `to_json` writes.
         """
         try:
-            with path.open("rb") as file:
+            with Path(path).open("rb") as file:
                 raw = file.read(_MAX_BYTES + 1)
             if len(raw) > _MAX_BYTES:
                 raise ArtifactError(f"{path} is larger than {_MAX_BYTES} bytes: it is no plan.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lit_prune.allocation import cost_of, make_budget
-from lit_prune.calibration import first_tokens
+from lit_prune.calibration import Divergence, first_tokens
 from lit_prune.decoder import SubBlock, quiet, spec_for
 from lit_prune.errors import CalibrationError, PlanMismatchError
 from lit_prune.latency_table import refuse_other_workload, table_words
@@ -76,7 +77,7 @@ def make_plan(
     calibration: Calibration,
     config: PruningConfig,
     *,
-    judged: dict[tuple[str, Side], float] | None = None,
+    judged: dict[tuple[str, str], float] | None = None,
 ) -> Planned:
     """Plan from a calibration.
 
@@ -86,7 +87,8 @@ def make_plan(
         model: The dense model.
         calibration: What was measured on it.
         config: The request.
-        judged: Losses that drafts were found to have, by plan digest and side; read and added to.
+        judged: Losses that drafts were found to have, by plan digest and side (or ``kl``: that
+            divergence, on the choose side); read and added to.
             Planning several ratios with one method, hand the same one in: greedy paths start alike.
 
     Raises:
@@ -136,12 +138,29 @@ def make_plan(
         with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
             batches = calibration.rows.batches(side, config.replay_batch_tokens)
             if side == "calibrate":  # hundreds of drafts are judged there
-                batches = first_tokens(batches, config.search_tokens)
+                batches = first_tokens(
+                    calibration.rows, side, config.search_tokens, config.replay_batch_tokens
+                )
             found = quality_of(model, batches).mean_nll
         memory[plan.digest, side] = found
         return found
 
-    decision = method.decide(Case(model=model, calibration=calibration, budget=budget, judge=judge))
+    @cache
+    def dense() -> Divergence:
+        with quiet(model):
+            return Divergence(model, calibration.rows.batches("choose", config.replay_batch_tokens))
+
+    def diverges(kept: Kept) -> float:
+        plan, from_dense = plan_of(spec, kept), dense()
+        if (known := memory.get((plan.digest, "kl"))) is not None:
+            return known
+        with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
+            found = memory[plan.digest, "kl"] = from_dense()
+        return found
+
+    decision = method.decide(
+        Case(model=model, calibration=calibration, budget=budget, judge=judge, diverges=diverges)
+    )
     plan = plan_of(spec, decision.kept)
     compensation = compensation_of(plan)
     scores = entropy_scores(spec, calibration, config)

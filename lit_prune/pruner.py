@@ -255,8 +255,8 @@ def make_report(
             f"are noisy below {_FEW_PER_CHANNEL}, so more damping is chosen. Calibrate on more text"
         ]
     fallback = [
-        "the search stopped at its node limit: the selection is the best found, its cost proven "
-        f"within {search['cost'] - search['bound']:.4g} of the optimum"
+        f"{search.get('why', 'the search stopped at its node limit')}: the selection's cost "
+        f"is proven within {search['cost'] - search['bound']:.4g} of the least"
         for search in planned.plan.provenance["method"].get("searches", [])
         if not search["optimal"] and search["nodes"]
     ]
@@ -280,6 +280,7 @@ def make_report(
         else removed / dense.decoder_parameters,
         calibration=calibration.describe(),
         search=planned.plan.provenance["method"],
+        compensation=planned.plan.provenance["compensation"].get("sub_blocks", {}),
         config=planned.plan.provenance["config"],  # as the family resolves it
         conditions=conditions(before, after),
         warnings=(

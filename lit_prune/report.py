@@ -84,6 +84,8 @@ class PruningReport:
             ratio.
         calibration: Text behind it: samples, tokens a side, digest, split in words.
         search: What the method did: ratios, clusters, search nodes, optimality.
+        compensation: How each sub-block was compensated: damping, bound on the condition number of
+            what was solved, steps of the fit inside.
         config: The whole request.
         conditions: How quality and latency were measured.
         warnings: Plain words for what fell back, or what a reader should not conclude.
@@ -102,6 +104,7 @@ class PruningReport:
     target: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
+    compensation: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     conditions: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -208,7 +211,32 @@ class PruningReport:
             *target,
             *split,
             *(str(x) for x in self.conditions.get("words", [])),
+            *self._searched(),
+            *self._solved(),
             *self.warnings,
+        ]
+
+    def _searched(self) -> list[str]:
+        searches = self.search.get("searches", [])
+        if searches and all(search["optimal"] for search in searches):
+            return ["search: proven optimal, no selection that fits costs less"]
+        return [f"search: {self.search['tried']}"] if "tried" in self.search else []
+
+    def _solved(self) -> list[str]:
+        solved = {
+            name: facts
+            for name, facts in self.compensation.items()
+            if facts.get("condition_number_at_most") is not None
+        }
+        if not solved:
+            return []
+        conditions = {name: facts["condition_number_at_most"] for name, facts in solved.items()}
+        worst = max(conditions, key=lambda name: conditions[name])
+        dampings = [facts["damping"] for facts in solved.values()]
+        return [
+            f"compensation: {len(solved)} systems solved, dampings {min(dampings):g} to "
+            f"{max(dampings):g} of the mean variance, condition numbers at most "
+            f"{conditions[worst]:.2g} ({worst})"
         ]
 
     def to_markdown(self) -> str:

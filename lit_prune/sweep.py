@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import quiet
-from lit_prune.errors import BudgetError
+from lit_prune.errors import BudgetError, ConfigError
 from lit_prune.methods import preset
 from lit_prune.metrics import quality_of
 from lit_prune.planning import make_plan
@@ -36,6 +36,7 @@ class SweepPoint:
         predicted_damage: What the search expects the plan to cost, in the unit of the request's
             sensitivity (nats per token under ``kl``); None for presets that predict nothing.
         mean_nll: Measured on the choose side, nats per token; None unless asked for.
+        dense_nll: That of the dense model.
         note: Why there is no plan.
         budget: What the ratios are fractions of.
     """
@@ -45,8 +46,16 @@ class SweepPoint:
     plan: PruningPlan | None = None
     predicted_damage: float | None = None
     mean_nll: float | None = None
+    dense_nll: float | None = None
     note: str = ""
     budget: Resource = "parameters"
+
+    @property
+    def excess_nll(self) -> float | None:
+        """What was measured above the dense model, nats per token."""
+        if self.mean_nll is None or self.dense_nll is None:
+            return None
+        return self.mean_nll - self.dense_nll
 
 
 def sweep(
@@ -64,31 +73,39 @@ def sweep(
         calibration: Statistics, from ``prune(...).calibration`` or `Calibration.load`.
         ratios: Fractions of the request's ``budget`` (decoder parameters) to remove.
         measured: Also measure each plan on the choose side, by masking the dense model: one pass
-            over that text for each ratio. Without it no forward pass is made by presets that score
-            once.
+            over that text for each ratio, and one of the dense model. Without it no forward pass is
+            made by presets that score once.
         **options: The other fields of `PruningConfig`.
 
     Raises:
+        ConfigError: If ``ratios`` is no sequence of fractions.
         CalibrationError: If the calibration lacks what the preset needs.
 
     Example::
 
-        points = sweep(model, result.calibration, [0.1, 0.2, 0.3, 0.4], preset="conditional")
+        points = sweep(model, result.calibration, [0.1, 0.2, 0.3, 0.4], measured=True)
+        trade_off(points).savefig("trade_off.png")  # from lit_prune.views
     """
-    points = []
+    if isinstance(ratios, (int, float, str)):
+        raise ConfigError(f"ratios is {ratios!r}; expected several fractions, e.g. [0.2, 0.3].")
+    points: list[SweepPoint] = []
+    dense = None
     for ratio in ratios:
         config = PruningConfig.from_options({**options, "pruning_ratio": ratio})
         config = preset(config.preset).resolve(config)
+        if measured and dense is None:
+            dense = _chosen(model, calibration, config)
         try:
             planned = make_plan(model, calibration, config)
         except BudgetError as error:
-            points.append(SweepPoint(ratio, note=str(error), budget=config.budget))
+            points.append(SweepPoint(ratio, dense_nll=dense, note=str(error), budget=config.budget))
             continue
         point = SweepPoint(
             ratio,
             planned.plan.provenance["achieved_ratio"],
             planned.plan,
             planned.plan.provenance["method"].get("predicted_damage"),
+            dense_nll=dense,
             budget=config.budget,
         )
         if measured:
@@ -109,6 +126,11 @@ def chosen_nll(
         config: The resolved request.
     """
     planned = compensated(model, planned, calibration, config)
-    with quiet(model), masked(model, planned.plan, planned.compensation):
+    with masked(model, planned.plan, planned.compensation):
+        return _chosen(model, calibration, config)
+
+
+def _chosen(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> float:
+    with quiet(model):
         batches = calibration.rows.batches("choose", config.replay_batch_tokens)
         return quality_of(model, batches).mean_nll

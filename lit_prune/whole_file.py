@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,10 @@ from lit_prune.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it takes its place when the block ends well.
 
     A file that was there before is whole at every moment, and stays if the block fails. Who may
@@ -33,6 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['plan.json']
     """
+    path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         beside.touch()
@@ -45,7 +46,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a text, whole or not at all.
 
     Args:

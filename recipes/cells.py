@@ -111,6 +111,12 @@ class Found:
         cells = [self.cells.get(key, {}) for key in keys]
         return cells if all("nll" in cell for cell in cells) else []
 
+    def refused(self, method: str, ratio: float) -> dict[str, str]:
+        """Return why a method that was run has no pruned model at a ratio; else empty."""
+        keys = [f"{method}|{self.run_at(method, ratio):g}|{seed}" for seed in self.asked["seeds"]]
+        cells = [self.cells.get(key, {}) for key in keys]
+        return next((cell for cell in cells if cell and "nll" not in cell), {})
+
     def column(self, method: str, ratio: float) -> list[dict[str, Any]]:
         """Return a method's cells in the column of ``ratio``, wherever it had to be run."""
         return self.of(method, self.run_at(method, ratio))

@@ -22,6 +22,7 @@ MLP_UNIFORM = "flap:allocator=uniform,granularities=channel"
 CONTROLS = (MLP_UNIFORM, f"{MLP_UNIFORM},compensation=least_squares")
 FAMILIES = ("ours", "least squares", "others", "controls", "references")
 BETTER, WORSE = "‡", "†"
+OUT_OF_REACH, FAILED = "×", "failed"
 Cells = list[dict[str, Any]]
 
 
@@ -86,6 +87,8 @@ def table(found: Found, text: str = "") -> str:
 
 def _entry(found: Found, method: str, ratio: float, text: str) -> str:
     cells, fair = found.column(method, ratio), found.fair(method, ratio)
+    if refused := found.refused(method, ratio):
+        return OUT_OF_REACH if "not_reached" in refused else FAILED
     if not cells or not cells[0][f"{text}nll"]:
         return "–"
     mark = ""
@@ -132,7 +135,17 @@ def caption(found: Found, text: str = "") -> str:
         words += " @: the nearest ratio that the method can reach."
     if any(method in MASKED for method in found.asked["methods"]):
         words += " References: two of every four linear weights are zero, nothing is removed."
-    return words
+    return words + f" {OUT_OF_REACH}: no such ratio; –: not run." + "".join(_refusals(found))
+
+
+def _refusals(found: Found) -> list[str]:
+    """Say why cells are empty that were run."""
+    return [
+        f"\n- `{method}` at {ratio:.0%}: {'; '.join(refused.values())}"
+        for method in found.asked["methods"]
+        for ratio in found.asked["ratios"]
+        if (refused := found.refused(method, ratio))
+    ]
 
 
 def costs(found: Found, near: float = 0.3) -> str:
@@ -141,15 +154,20 @@ def costs(found: Found, near: float = 0.3) -> str:
     lines = [
         f"At {ratio:.0%} (clock: {found.conditions['clock']}; ± is how far noise may move it):",
         "",
-        "| method | removed | FLOPs | KV | prefill | decode | forward peak | pruning | rise |",
-        "|---|" + "---:|" * 8,
+        "| method | excess nats | removed | FLOPs | KV | prefill | decode | forward peak "
+        "| pruning | rise |",
+        "|---|" + "---:|" * 9,
     ]
     lines += [
-        f"| `{method}` | " + " | ".join(_cost(cells[0], found.dense)) + " |"
+        f"| `{method}` | " + " | ".join(_cost(cells, found.dense)) + " |"
         for method in found.asked["methods"]
         if (cells := found.column(method, ratio))
     ]
-    lines += ["", "FLOPs, KV bytes and peak memory of a forward over those of the dense model;"]
+    lines += [
+        "",
+        "Excess over the dense model, nats per token: 95 % of a bootstrap over documents.",
+    ]
+    lines += ["FLOPs, KV bytes and peak memory of a forward over those of the dense model;"]
     lines += ["prefill and decode as speed-up; seconds and rise in memory of the whole pruning."]
     return "\n".join(lines)
 
@@ -179,7 +197,10 @@ def speed_up(cell: dict[str, Any], seconds: str, spread: str) -> tuple[float, fl
     return dense[seconds] / cell[seconds], (dense[spread] + cell[spread]) / cell[seconds]
 
 
-def _cost(cell: dict[str, Any], dense: dict[str, Any]) -> list[str]:
+def _cost(cells: Cells, dense: dict[str, Any]) -> list[str]:
+    cell = cells[0]
+    low, high = interval(cells, [dense] * len(cells))
+
     def over(name: str) -> str:
         return f"{cell[name] / dense[name]:.2f}" if cell[name] and dense[name] else "–"
 
@@ -187,6 +208,7 @@ def _cost(cell: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     decode = speed_up(cell, "decode_seconds_per_token", "decode_spread")
     rise = cell["prune_peak_bytes"]
     return [
+        f"{np.mean([mean_nll(x) for x in cells]) - mean_nll(dense):.3f} ({low:.3f} … {high:.3f})",
         f"{cell['achieved']:.1%}",
         over("flops_per_token"),
         over("kv_cache_bytes_per_token"),
@@ -284,7 +306,7 @@ def write_csv(found: Found, path: Path) -> None:
         f"{text}{name}"
         for text in texts
         for name in (
-            *("mean_nll", "perplexity", "excess_low", "excess_high"),
+            *("mean_nll", "perplexity", "excess", "excess_low", "excess_high"),
             *("against_first_low", "against_first_high"),
         )
     ]
@@ -301,7 +323,8 @@ def write_csv(found: Found, path: Path) -> None:
             first = found.cells.get(f"{found.first}|{ratio}|{seed}", {})
             numbers: list[Any] = []
             for text in texts:
-                numbers += [mean_nll(cell, text), perplexity(cell, text)]
+                excess = mean_nll(cell, text) - mean_nll(found.dense, text)
+                numbers += [mean_nll(cell, text), perplexity(cell, text), excess]
                 numbers += interval([cell], [found.dense], text)
                 numbers += interval([cell], [first], text) if "nll" in first else ("", "")
             writer.writerow(

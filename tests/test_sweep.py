@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from lit_prune import Calibration, prune, sweep
+from lit_prune.decoder import quiet
 from lit_prune.errors import CalibrationError, ConfigError
+from lit_prune.metrics import perplexity_of
 from lit_prune.views import trade_off
 from tests.models import tiny_model
 from tests.state import state_digest
@@ -75,12 +77,29 @@ def test_another_presets_calibration_is_refused(model, calibration):
 
 def test_the_picture_shows_prediction_and_measurement(model, calibration):
     points = sweep(model, calibration, RATIOS, preset="conditional", measured=True)
-    axes = trade_off(points, dense_nll=4.0).axes[0]
+    axes = trade_off(points).axes[0]
     predicted, measured = axes.lines
     assert list(predicted.get_ydata()) == [point.predicted_damage for point in points]
-    assert list(measured.get_ydata()) == [point.mean_nll - 4.0 for point in points]
+    assert list(measured.get_ydata()) == [point.mean_nll - point.dense_nll for point in points]
 
 
 def test_nothing_to_draw_is_said():
     with pytest.raises(ConfigError, match="measured=True"):
         trade_off(())
+
+
+def test_what_was_measured_stands_beside_what_the_dense_model_has(model, calibration):
+    with quiet(model):
+        wanted = perplexity_of(model, calibration.rows.batches("choose", 8192)).mean_nll
+    near, far = sweep(model, calibration, [0.2, 0.99], measured=True)
+    assert near.dense_nll == far.dense_nll == pytest.approx(wanted)
+    assert near.excess_nll == near.mean_nll - near.dense_nll
+    assert far.excess_nll is None
+    (unmeasured,) = sweep(model, calibration, [0.2])
+    assert unmeasured.dense_nll is None
+
+
+@pytest.mark.parametrize("ratios", [0.3, "0.3"])
+def test_one_ratio_is_no_sweep(model, calibration, ratios):
+    with pytest.raises(ConfigError, match="expected several fractions"):
+        sweep(model, calibration, ratios)

@@ -4,6 +4,7 @@ from lit_prune.allocation.alike import alike_choice
 from lit_prune.allocation.budget import Budget, make_budget
 from lit_prune.allocation.clusters import cluster_ladder, lowest_cluster, mean_ladder
 from lit_prune.allocation.cost import Cost, cost_of, latency_cost, parameter_cost
+from lit_prune.allocation.coupled import Allocation, coupled_search
 from lit_prune.allocation.depth_first import depth_first
 from lit_prune.allocation.exact import ReachableTotals
 from lit_prune.allocation.greedy import greedy
@@ -17,6 +18,7 @@ from lit_prune.allocation.targets import aimed, refuse_impossible
 from lit_prune.allocation.uniform import uniform_choice
 
 __all__ = [
+    "Allocation",
     "Budget",
     "Candidate",
     "Cost",
@@ -30,6 +32,7 @@ __all__ = [
     "block_ratios",
     "cluster_ladder",
     "cost_of",
+    "coupled_search",
     "depth_first",
     "global_choice",
     "greedy",

@@ -5,6 +5,7 @@ from lit_prune.calibration.calibration import Calibration
 from lit_prune.calibration.collect import collect_rows
 from lit_prune.calibration.covariance import ChannelCovariance
 from lit_prune.calibration.data_name import data_notes
+from lit_prune.calibration.divergence import Divergence
 from lit_prune.calibration.images import LEFT_OUT, NOTHING_LEFT
 from lit_prune.calibration.inputs import CAPPED, by_token, real_tokens
 from lit_prune.calibration.moments import ChannelMoments
@@ -30,6 +31,7 @@ __all__ = [
     "Calibration",
     "ChannelCovariance",
     "ChannelMoments",
+    "Divergence",
     "Needs",
     "Observer",
     "RecordedRun",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -18,8 +19,6 @@ from lit_prune.errors import ArtifactError, CalibrationError
 from lit_prune.whole_file import whole_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lit_prune.calibration.needs import Needs
     from lit_prune.calibration.observer import Probed
     from lit_prune.calibration.replay import Replayed
@@ -187,7 +186,7 @@ class Calibration:
                 "no perplexity. Give longer samples, or labels that score some tokens."
             )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``calibration.safetensors``: statistics and token ids, no pickle."""
         tensors: dict[str, Tensor] = {
             "rows.ids": torch.cat([row.ids for row in self.rows.rows]),
@@ -225,13 +224,13 @@ class Calibration:
             save_file(whole, beside, metadata=metadata)
 
     @classmethod
-    def load(cls, path: Path) -> Calibration:
+    def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote.
 
         Raises:
             ArtifactError: If the file is not a calibration of a version that is known here.
         """
-        if not path.is_file():
+        if not Path(path).is_file():
             raise ArtifactError(f"{path}: there is no such file.")
         try:
             with safe_open(path, framework="pt") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from lit_prune.calibration.rows import RowSet
     from lit_prune.calibration.split import Side
     from lit_prune.ranks import Ranks
-
-logger = logging.getLogger(__name__)
 
 TransferTarget = Literal["after_norm", "before_norm"]
 
@@ -196,8 +193,7 @@ def replay_within(
 ) -> Replayed:
     """Do what `replay` does, with the covariances of all sub-blocks, in as many passes as needed.
 
-    The covariances of a pass lie on the device; those that are done lie on the CPU. What they take
-    is said before it is taken.
+    The covariances of a pass lie on the device; those that are done lie on the CPU.
 
     Args:
         model: The language model.
@@ -206,13 +202,7 @@ def replay_within(
         covariance_bytes: Bytes of covariances that a pass may accumulate; one sub-block always is.
         **options: As for `replay`.
     """
-    groups = covariance_groups(DecoderParts(model), covariance_bytes)
-    whole = sum(size for group in groups for size in group.values())
-    logger.info(
-        "covariances of %d sub-blocks take %.2f GB of memory, measured in %d pass(es)",
-        sum(map(len, groups)), whole / 1e9, len(groups),
-    )  # fmt: skip
-    first, *others = groups
+    first, *others = covariance_groups(DecoderParts(model), covariance_bytes)
     found = replay(model, rows, bypass, covariances=first, **options)
     for group in others:
         more = replay(model, rows, covariances=group, **options)

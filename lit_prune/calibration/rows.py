@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -177,17 +178,18 @@ class RowSet:
             f"same text, so the {quality} after pruning is optimistic"
         )
 
-    def batches(self, side: Side, max_tokens: int) -> Iterator[Batch]:
+    def batches(self, side: Side, max_tokens: int, count: int | None = None) -> Iterator[Batch]:
         """Yield the rows of a side as padded batches.
 
         Args:
             side: Which rows.
             max_tokens: Most tokens of a batch, padding included; a longer row is alone in its own.
+            count: How many rows, the longest ones; None: all.
 
         Raises:
             CalibrationError: If the side is empty.
         """
-        rows = self.side(side)
+        rows = self.side(side)[:count]
         if not rows:
             raise CalibrationError(
                 f"no sample on the {side} side; is the calibration loader empty?"
@@ -204,14 +206,15 @@ class RowSet:
         return sum(1 for _ in self.batches(side, max_tokens))
 
 
-def first_tokens(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
-    """Yield batches until ``most`` real tokens have passed; at least one."""
-    seen = 0
-    for batch in batches:
-        yield batch
-        seen += int(batch.attention_mask.sum())
-        if seen >= most:
-            return
+def first_tokens(rows: RowSet, side: Side, most: int, batch_tokens: int) -> Iterator[Batch]:
+    """Yield the first samples of a side as `RowSet.batches` does: at most ``most`` tokens in all.
+
+    At least one sample.
+    """
+    own = rows.side(side)
+    lengths = accumulate(len(row.ids) for row in own)
+    count = max(1, sum(length <= most for length in lengths))
+    yield from rows.batches(side, batch_tokens, count)
 
 
 def _stack(rows: tuple[Row, ...], width: int) -> Batch:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
+from lit_prune.calibration.divergence import compare_heads
 from lit_prune.calibration.rows import first_tokens
 from lit_prune.decoder import (
     IGNORED_LABEL,
     DecoderParts,
     SubBlock,
-    after_head,
-    head_of,
     quiet,
     spec_for,
 )
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 # What `measure_sensitivities` returns for each sub-block, in this order.
 SENSITIVITIES = ("kl", "nll", "frobenius")
-# Tokens whose logits are held at once: vocabularies of 150,000 would fill the memory otherwise.
-_LOGIT_TOKENS = 1024
 
 
 def measure_sensitivities(
@@ -56,7 +53,7 @@ def measure_sensitivities(
         model: The language model, on the device where it shall run. It is left as it was.
         rows: The calibration text; its calibrate side is used.
         means: Mean input of every output projection, by ``(layer, kind)``, ``[width]``.
-        max_tokens: Tokens used, at most (but at least one batch). About half a forward and one
+        max_tokens: Tokens used, at most (but at least one sample). About half a forward and one
             head for each sub-block.
         batch_tokens: Tokens of one forward.
         progress: Show a bar (only on a terminal).
@@ -81,7 +78,7 @@ def measure_sensitivities(
             stays += linear.bias.detach().double()
         constants[layer, kind] = stays.to(linear.weight.dtype)
     scored = labelled = 0
-    batches = list(first_tokens(rows.batches("calibrate", batch_tokens), max_tokens))
+    batches = list(first_tokens(rows, "calibrate", max_tokens, batch_tokens))
     seen = sum(int(batch.attention_mask.sum()) for batch in batches)
     mine = list(ranks.share(batches))
     bar = tqdm(
@@ -102,7 +99,7 @@ def measure_sensitivities(
             dense = parts.final_norm(run.output)
             for (layer, kind), constant in constants.items():
                 hidden = parts.final_norm(run.without(Unit(layer, kind), constant))
-                found = _compare(parts, dense[read], hidden[read], labels)
+                found = compare_heads(parts, dense[read], hidden[read], labels)
                 change = (hidden - dense)[mask].double().square().sum()
                 totals[layer, kind] += torch.tensor([*found, float(change)], dtype=torch.float64)
                 bar.update()
@@ -110,20 +107,3 @@ def measure_sensitivities(
     unknown = math.nan if scored else 1
     counts = torch.tensor([max(scored, 1), labelled or unknown, max(seen, 1)], dtype=torch.float64)
     return {place: ranks.sum(total) / counts for place, total in totals.items()}
-
-
-def _compare(
-    parts: DecoderParts, dense: Tensor, hidden: Tensor, labels: Tensor
-) -> tuple[float, float]:
-    """Return the sums over tokens of the KL divergence and of the increase of the NLL."""
-    head: Any = head_of(parts.model)
-    kl = nll = 0.0
-    for chunk in torch.arange(len(labels), device=labels.device).split(_LOGIT_TOKENS):
-        one, other = (
-            after_head(head(x[chunk]).float(), parts.model).log_softmax(-1) for x in (dense, hidden)
-        )
-        kl += float((one.exp() * (one - other)).sum(-1).double().sum())
-        classes = labels[chunk].unsqueeze(-1)
-        difference = (one - other).gather(-1, classes.clamp_min(0))
-        nll += float(difference[classes != IGNORED_LABEL].double().sum())
-    return kl, nll

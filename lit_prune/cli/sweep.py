@@ -50,9 +50,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> None:
     """Plan every ratio, measure it, write it down."""
     from lit_prune.cli.loading import calibration_of, load, source_of
-    from lit_prune.decoder import quiet
     from lit_prune.methods import preset
-    from lit_prune.metrics import perplexity_of
     from lit_prune.saving import refuse_target, staged
     from lit_prune.sweep import sweep
     from lit_prune.views import trade_off
@@ -67,14 +65,13 @@ def run(options: Namespace) -> None:
     source = source_of(options)
     model = (loaded := load(options.model, dtype=options.dtype, device=options.device)).model
     calibration = calibration_of(options, loaded, config, source)
-    with quiet(model):
-        batches = calibration.rows.batches("choose", config.replay_batch_tokens)
-        dense = perplexity_of(model, batches).mean_nll
     points: list[SweepPoint] = []
     for ratio in options.ratios:
         say(f"planning {ratio:.1%}")
         points += sweep(model, calibration, [ratio], measured=True, **request)
-    rows = [_row(point, dense) for point in points]
+    dense = points[0].dense_nll
+    assert dense is not None  # noqa: S101 - measured
+    rows = [_row(point) for point in points]
     with staged(target, overwrite=options.overwrite, num_bytes=0, known=FILES) as folder:
         with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -85,8 +82,8 @@ def run(options: Namespace) -> None:
         (folder / SWEEP).write_text(json.dumps(whole, indent=1), encoding="utf-8")
         calibration.save(folder / "calibration.safetensors")
         if any(point.mean_nll is not None for point in points):
-            trade_off(points, dense_nll=dense).savefig(folder / "trade_off.png")
-    print(_table(rows, dense))
+            trade_off(points).savefig(folder / "trade_off.png")
+    print(_table(rows, math.exp(dense)))
     tokens = calibration.rows.num_tokens("choose")
     print(
         f"note: on the {tokens:,} tokens of the choose side, units masked; `lit-prune prune` "
@@ -95,15 +92,16 @@ def run(options: Namespace) -> None:
     print(f"\nwritten: {target} ({', '.join(FILES)})")
 
 
-def _row(point: SweepPoint, dense: float) -> dict[str, Any]:
+def _row(point: SweepPoint) -> dict[str, Any]:
     perplexity = None if point.mean_nll is None else math.exp(point.mean_nll)
+    excess = point.excess_nll
     return {
         "requested": point.requested,
         "achieved": point.achieved,
         "budget": point.budget,
         "predicted_damage": point.predicted_damage,
         "perplexity": perplexity,
-        "perplexity_increase": None if perplexity is None else perplexity / math.exp(dense) - 1,
+        "perplexity_increase": None if excess is None else math.expm1(excess),
         "plan_digest": point.plan and point.plan.digest,
         "note": point.note,
     }
@@ -111,7 +109,7 @@ def _row(point: SweepPoint, dense: float) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]], dense: float) -> str:
     cells = [["asked", "removed", "perplexity", "increase"]]
-    cells += [["dense", "0.00%", f"{math.exp(dense):.3f}", ""]]
+    cells += [["dense", "0.00%", f"{dense:.3f}", ""]]
     notes = []
     for row in rows:
         asked = f"{row['requested']:.2%}"

@@ -42,13 +42,15 @@ def points_of(directory: str | None) -> tuple[SweepPoint, ...]:
         raise ArtifactError(f"{file}: there is no such file. `lit-prune sweep --to` writes it.")
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
-        dense = SweepPoint(0.0, 0.0, mean_nll=float(whole["dense_nll"]))
+        nll = float(whole["dense_nll"])
+        dense = SweepPoint(0.0, 0.0, mean_nll=nll, dense_nll=nll)
         points = [
             SweepPoint(
                 requested=float(row["requested"]),
                 achieved=row["achieved"],
                 predicted_damage=row["predicted_damage"],
                 mean_nll=None if row["perplexity"] is None else math.log(row["perplexity"]),
+                dense_nll=nll,
                 note=str(row["note"]),
                 budget=row["budget"],
             )

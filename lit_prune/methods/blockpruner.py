@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lit_prune.allocation import require_met
 from lit_prune.decoder import all_kept
 from lit_prune.methods.decision import Decision, Method
-from lit_prune.methods.removal import remove_by_loss, sub_blocks_of
+from lit_prune.methods.removal import PASSED_OVER, remove_by_loss, sub_blocks_of
 
 if TYPE_CHECKING:
     from lit_prune.methods.decision import Case
@@ -35,6 +35,7 @@ METHOD = Method(
     granularities=("sub_block",),
     allocators=("greedy",),
     deviations=(
+        PASSED_OVER,
         "Drafts are judged on the first search_tokens of the calibrate side; its code uses 256 "
         "samples.",
     ),

@@ -28,14 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_prune.allocation import (
-    Level,
-    Ranking,
-    alike_choice,
-    joint_search,
-    require_met,
-    settled,
-)
+from lit_prune.allocation import Allocation, Ranking, alike_choice, coupled_search, settled
 from lit_prune.calibration import SENSITIVITIES, Needs, Unit
 from lit_prune.config import SQUARES
 from lit_prune.decoder import DecoderParts, all_kept
@@ -53,8 +46,8 @@ if TYPE_CHECKING:
     from lit_prune.decoder import SubBlock
     from lit_prune.methods.decision import Case
 
-# A choice of kept counts for the sub-blocks that one place of the search decides.
-Choice = dict["SubBlock", int]
+# What the report says of a search.
+_ALL_WIDTHS = "every pair of equal widths was tried with every number of blocks that go"
 
 
 def needs(config: PruningConfig) -> Needs:
@@ -145,12 +138,18 @@ def decide(case: Case) -> Decision:
     ranking = Ranking(ranks, dict.fromkeys(ranks, 1))
     damage = predicted_damage(case, curves)
     counts, search = _allocate(case, damage, ranking)
-    trace = _trace(case, damage, counts, search)
+    searched = counts
+    rounds: list[dict[str, Any]] = []
     if case.config.verify_rounds:
         counts, rounds = refine(
             case, damage, counts, ranking, lambda draft: _allocate(case, draft, ranking)[0]
         )
+    trace = _trace(case, damage, counts, search)
+    if rounds:
         trace["verified"] = rounds
+    if counts != searched:
+        why = {"optimal": False, "why": "measured losses preferred it to what is predicted best"}
+        trace["searches"] = [x | why for x in trace["searches"]]
     return replace(Decision.of(counts, ranking, trace), damage=damage)
 
 
@@ -160,19 +159,18 @@ def _allocate(
     """Return the counts of least predicted damage, and a record of how they were found."""
     if case.config.allocator == "uniform_widths":
         lists = {place: values.tolist() for place, values in damage.items()}
-        return alike_choice(case.budget, lists)[0], {}
-    choices, levels = _levels(case, damage)
-    search, chosen = _search(case, levels)
+        return alike_choice(case.budget, lists)[0], {"tried": _ALL_WIDTHS}
     counts = all_kept(case.spec)
-    for options, level in zip(choices, chosen, strict=False):
-        counts |= options[level]
-    if not case.budget.met_by(counts):
-        # nothing was found, or sizes of whole sub-blocks are out by their neighbours' biases
-        counts = settled(case.budget, counts, ranking)
-    require_met(case.budget, counts)
-    if not search:
-        return counts, {"settled": "no combination of levels fits the window: met by single steps"}
-    return counts, search
+    settling = {"settled": "no combination was found that fits: met by single steps"}
+    try:
+        found = _search(case, damage)
+    except BudgetError:
+        limited = {"optimal": False, "bound": 0.0, "nodes": case.config.node_limit}
+        return settled(case.budget, counts, ranking), {**limited, **settling}
+    if found is None:
+        return settled(case.budget, counts, ranking), settling
+    facts = {"optimal": found.optimal, "bound": found.bound, "nodes": found.nodes}
+    return found.counts, facts
 
 
 def _trace(
@@ -183,71 +181,37 @@ def _trace(
 ) -> dict[str, Any]:
     whole = all_kept(case.spec)
     cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
+    said = ("settled", "tried")
+    facts = {name: value for name, value in search.items() if name not in said}
     return {
         "allocator": case.config.allocator,
         "sensitivity": case.config.sensitivity,
         "predicted_damage": cost,
-        "searches": [{"cost": cost, **search}] if "nodes" in search else [],
-        **({"settled": search["settled"]} if "settled" in search else {}),
+        "searches": [{"cost": cost, **facts}] if facts else [],
+        **{name: search[name] for name in said if name in search},
     }
 
 
-def _levels(
-    case: Case, damage: Mapping[SubBlock, Tensor]
-) -> tuple[list[list[Choice]], list[list[Level]]]:
-    """Return what each place may keep, and what that frees and costs."""
-    budget = case.budget
-    apart = "sub_block" in case.config.granularities or "block" not in case.config.granularities
-    choices: list[list[Choice]] = []
-    if apart:
-        choices = [[{place: c} for c in reversed(budget.allowed[place])] for place in damage]
-    else:  # a block goes whole or not at all: its halves are decided together
-        for block in case.spec.blocks:
-            places = [(block.index, part.kind) for part in block.sub_blocks]
-            combined: list[Choice] = [{}]
-            for place in places:
-                combined = [{**c, place: n} for c in combined for n in budget.allowed[place]]
-            choices += [[c for c in combined if all(c.values()) or not any(c.values())]]
-    whole = all_kept(case.spec)
-    nothing = budget.removed(whole)
-    levels = []
-    for options in choices:
-        here = []
-        for choice in options:
-            cost = sum(float(damage[place][whole[place] - n]) for place, n in choice.items())
-            size = budget.removed({**whole, **choice}) - nothing
-            lost = sum(1 for (_, kind), n in choice.items() if kind == "attention" and not n)
-            # one unit may be worth less than the bias that its loss would cost
-            here.append(Level(size=max(size, 0), cost=cost, attention=lost))
-        levels.append(here)
-    return choices, levels
+def _search(case: Case, damage: Mapping[SubBlock, Tensor]) -> Allocation | None:
+    """Return the best allocation; a model too coarse for the narrow window gets the tolerance.
 
-
-def _search(case: Case, levels: list[list[Level]]) -> tuple[dict[str, Any] | None, tuple[int, ...]]:
-    """Return a record of the search, and the chosen level of each place; none where nothing fits.
-
-    A model too coarse for the narrow window is given the whole tolerance.
+    Raises:
+        BudgetError: If none was found within the node limit.
     """
-    budget, limited = case.budget, False
-    attentions = sum(part.kind == "attention" for _, part in case.spec.sub_blocks)
+    budget, stopped = case.budget, None
+    curves = {place: curve.tolist() for place, curve in damage.items()}
     for slack in (case.config.search_tolerance * budget.cost.total, budget.tolerance):
         try:
-            selection = joint_search(
-                levels,
-                minimum=max(0, round(budget.target - slack)),
-                maximum=int(budget.target + slack),
-                attention_limit=max(attentions - 1, 0) if attentions else None,
-                node_limit=case.config.node_limit,
-            )
-        except BudgetError:  # no selection within the node limit
-            limited = True
+            limit = case.config.node_limit
+            found = coupled_search(budget, curves, slack=slack, node_limit=limit)
+        except BudgetError as error:
+            stopped = error
             continue
-        if selection is not None:
-            facts = ("optimal", "bound", "nodes")
-            return {name: getattr(selection, name) for name in facts}, selection.chosen
-    if limited:
-        return {"optimal": False, "bound": 0.0, "nodes": case.config.node_limit}, ()
-    return None, ()
+        if found is not None:
+            return found
+    if stopped is not None:
+        raise stopped
+    return None
 
 
 METHOD = Method(

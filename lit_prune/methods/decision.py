@@ -64,13 +64,15 @@ class Case:
         model: The language model; a method only reads its weights.
         calibration: What was measured on it.
         budget: How much may go, and where; its ``config`` holds every option.
-        judge: Measures a draft; for methods that search by real losses.
+        judge: Measures the loss of a draft; for methods that search by real losses.
+        diverges: Measures its KL divergence to the dense model on the choose side, nats per token.
     """
 
     model: PreTrainedModel
     calibration: Calibration
     budget: Budget
     judge: Judge
+    diverges: Callable[[Kept], float]
 
     @property
     def spec(self) -> DecoderSpec:

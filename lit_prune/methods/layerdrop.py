@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lit_prune.methods.decision import Decision, Method
-from lit_prune.methods.removal import blocks_of, remove_in_order
+from lit_prune.methods.removal import PASSED_OVER, blocks_of, remove_in_order
 
 if TYPE_CHECKING:
     from lit_prune.methods.decision import Case
@@ -37,5 +37,5 @@ METHOD = Method(
     decide=decide,
     granularities=("block",),
     allocators=("greedy",),
-    deviations=("The model was not trained with layers dropped.",),
+    deviations=("The model was not trained with layers dropped.", PASSED_OVER),
 )

@@ -64,7 +64,8 @@ METHOD = Method(
     allocators=("uniform",),
     deviations=(
         "KV groups leave whole, also under grouped-query attention.",
-        "Gradients are of the calibration text, averaged over samples (its code: BookCorpus).",
+        "Gradients are of the whole calibrate side, averaged over samples (its code: ten of "
+        "BookCorpus).",
         "The layers left alone are the published 4 + 2 of 32, in proportion to the depth.",
     ),
 )

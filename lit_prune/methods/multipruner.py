@@ -141,7 +141,7 @@ METHOD = Method(
         "A step takes 1024 / 11008 of an MLP's channels, or one KV group; more where a stage would "
         "need over 64 steps. Every step measures one draft for each layer (two, for sub-blocks).",
         "44:52:4 for every model; its code uses other splits (such as 30:70:0) for some.",
-        "Losses are of the whole calibrate side; its code uses 256 samples of Alpaca for "
-        "sub-blocks and 128 for widths. The ratio is of decoder parameters, not of all.",
+        "Losses are of the first search_tokens of the calibrate side; its code uses 256 samples of "
+        "Alpaca for sub-blocks and 128 for widths. The ratio is of decoder parameters, not of all.",
     ),
 )

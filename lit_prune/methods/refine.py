@@ -1,4 +1,4 @@
-"""Predicted damage corrected by the measured losses of a plan's neighbours; then plan again."""
+"""Predicted damage corrected by what a plan's neighbours really do; then plan again."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ def refine(
     ranking: Ranking,
     allocate: Callable[[Damage], dict[SubBlock, int]],
 ) -> tuple[dict[SubBlock, int], list[dict[str, Any]]]:
-    """Improve an allocation by measured losses of the choose side.
+    """Improve an allocation by KL divergences to the dense model, measured on the choose side.
 
     The curves predict what each sub-block costs alone, in an otherwise whole model. In each round
     one neighbour of the present plan is judged for every sub-block (a few units more or fewer
     there); the measured difference, over the predicted one, rescales that sub-block's curve, and
-    the exact search runs again. A new plan is taken only where its own measured loss is lower.
+    the exact search runs again: so all exchanges between sub-blocks are weighed at once. A new plan
+    is taken only where its own measured divergence is lower.
 
     Args:
         case: What to decide; ``verify_rounds`` of its request is the most rounds.
@@ -54,11 +55,11 @@ def refine(
 
     def judge(draft: Counts) -> float:
         kept = {place: ranking.kept(place, count) for place, count in draft.items()}
-        return case.judge(kept, "choose")
+        return case.diverges(kept)
 
     best, least = dict(counts), judge(counts)
     scaled = dict(damage)
-    rounds = [{"mean_nll_on_choose_text": least}]
+    rounds = [{"kl_on_choose_text": least}]
     for _ in range(case.config.verify_rounds):
         slopes = {}
         for place, count in best.items():
@@ -74,11 +75,11 @@ def refine(
             draft = {p: curve * slopes.get(p, 1.0) ** trust for p, curve in scaled.items()}
             try_counts = allocate(draft)
             found.append((judge(try_counts), trust, try_counts, draft))
-        nll, trust, try_counts, draft = min(found, key=lambda item: item[:2])
-        rounds.append({"mean_nll_on_choose_text": nll, "trust": trust})
-        if nll >= least:
+        kl, trust, try_counts, draft = min(found, key=lambda item: item[:2])
+        rounds.append({"kl_on_choose_text": kl, "trust": trust})
+        if kl >= least:
             break
-        best, least, scaled = try_counts, nll, draft
+        best, least, scaled = try_counts, kl, draft
     return best, rounds
 
 

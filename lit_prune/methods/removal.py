@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 # Sub-blocks that leave together: both halves of a block, or one half.
 Piece = tuple["SubBlock", ...]
+# A deviation of all methods that remove whole pieces.
+PASSED_OVER = (
+    "A piece after whose removal the ratio could no longer be met within its tolerance is passed "
+    "over, and so is the last attention."
+)
 # Where pieces differ in size (a model that was pruned before), their sums grow too many.
 _MOST_STATES = 4096
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lit_prune.calibration import Needs
 from lit_prune.methods.decision import Decision, Method
-from lit_prune.methods.removal import blocks_of, remove_in_order
+from lit_prune.methods.removal import PASSED_OVER, blocks_of, remove_in_order
 
 if TYPE_CHECKING:
     from lit_prune.methods.decision import Case
@@ -36,4 +36,5 @@ METHOD = Method(
     needs=lambda _config: Needs(residuals=True),
     granularities=("block",),
     allocators=("greedy",),
+    deviations=(PASSED_OVER,),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lit_prune.allocation import require_met
 from lit_prune.decoder import all_kept
 from lit_prune.methods.decision import Decision, Method
-from lit_prune.methods.removal import blocks_of, remove_by_loss
+from lit_prune.methods.removal import PASSED_OVER, blocks_of, remove_by_loss
 
 if TYPE_CHECKING:
     from lit_prune.methods.decision import Case
@@ -38,6 +38,7 @@ METHOD = Method(
     granularities=("block",),
     allocators=("greedy",),
     deviations=(
+        PASSED_OVER,
         "Drafts are judged on the first search_tokens of the calibrate side; its code uses all of "
         "its text.",
     ),

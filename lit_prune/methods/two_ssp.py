@@ -90,6 +90,6 @@ METHOD = Method(
     allocators=("greedy",),
     deviations=(
         "The norm is over all tokens at once; its code averages the norms of samples.",
-        "Losses are of the whole calibrate side; its code uses one sample.",
+        "Losses are of the first search_tokens of the calibrate side; its code uses one sample.",
     ),
 )

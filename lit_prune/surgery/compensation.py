@@ -68,7 +68,7 @@ class Compensation:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``compensation.safetensors``."""
         from safetensors.torch import save_file
 
@@ -105,7 +105,7 @@ class Compensation:
         return replace(self, **by_place)
 
     @classmethod
-    def load(cls, path: Path) -> Compensation:
+    def load(cls, path: str | Path) -> Compensation:
         """Read what `save` wrote.
 
         Raises:

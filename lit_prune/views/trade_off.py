@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from lit_prune.sweep import SweepPoint
 
 
-def trade_off(points: Sequence[SweepPoint], *, dense_nll: float | None = None) -> Figure:
+def trade_off(points: Sequence[SweepPoint]) -> Figure:
     """Draw the cost of pruning against the ratio that is removed.
 
     Args:
-        points: What `lit_prune.sweep.sweep` returned.
-        dense_nll: NLL of the dense model on the choose side; where it and measurements are there,
-            the excess is drawn beside the prediction.
+        points: What `lit_prune.sweep.sweep` returned; where they were measured, the excess over
+            the dense model is drawn beside the prediction.
 
     Raises:
         ConfigError: If no point has anything to draw.
@@ -33,9 +32,9 @@ def trade_off(points: Sequence[SweepPoint], *, dense_nll: float | None = None) -
         if p.achieved is not None and p.predicted_damage is not None
     ]
     measured = [
-        (p.achieved, p.mean_nll - (dense_nll or 0.0))
+        (p.achieved, p.excess_nll)
         for p in points
-        if p.achieved is not None and p.mean_nll is not None
+        if p.achieved is not None and p.excess_nll is not None
     ]
     if not predicted and not measured:
         raise ConfigError(
@@ -49,8 +48,7 @@ def trade_off(points: Sequence[SweepPoint], *, dense_nll: float | None = None) -
         axes.plot(xs, ys, color=KEPT, marker="o", label="predicted damage")
     if measured:
         xs, ys = zip(*measured, strict=True)
-        words = "measured NLL" if dense_nll is None else "measured excess NLL"
-        axes.plot(xs, ys, color=CUT, marker="s", label=words)
+        axes.plot(xs, ys, color=CUT, marker="s", label="measured excess NLL, choose side")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set(xlabel=f"{RESOURCES[points[0].budget]} removed", ylabel="nats per token")
     axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_a_plan_is_applied_to_the_model_that_was_pruned_at_once(
     given = ["--model", model_directory, "--text", text, *CALIBRATED]
     run = lit_prune("plan", *given, "--to", folder / "plan", "--pruning_ratio", "0.3")
     assert (run.status, run.err) == (0, "")
-    assert "would remove 30" in run.out
+    assert re.search(r"would remove (29\.[5-9]|30\.[0-4])", run.out)
     planned = PruningReport.from_json((folder / "plan" / "report.json").read_text())
     assert planned.dry_run
     assert planned.row("perplexity").after > 0

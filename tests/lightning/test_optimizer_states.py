@@ -179,7 +179,7 @@ class Marking(L.Callback):
 def test_moments_of_fused_and_transposed_weights_are_cut_as_they_are(tmp_path, family):
     module = Optimized(lm=tiny_model(family, layers=3))
     dense = {name: p.shape for name, p in module.named_parameters()}
-    callback = pruner(0.35, compensation="none")
+    callback = pruner(0.35, compensation="none", granularities=("kv_group", "channel"))
     one = fit(tmp_path, module, callback, Marking(), train=loader(TRAIN, 4))
     states, cut = one.optimizers[0].state, 0
     for name, parameter in module.named_parameters():

@@ -55,4 +55,4 @@ def case_of(name, kv_heads, ratio=0.3, judge=None, **options):
     model = model_of(kv_heads)
     budget = make_budget(spec_for(model), config)
     calibration = calibrated(name, kv_heads)
-    return Case(model=model, calibration=calibration, budget=budget, judge=judge)
+    return Case(model=model, calibration=calibration, budget=budget, judge=judge, diverges=None)

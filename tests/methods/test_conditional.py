@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from lit_prune.allocation import make_budget
+from lit_prune.allocation import cost_of, make_budget
 from lit_prune.calibration import SENSITIVITIES, Calibration, Unit
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import spec_for
@@ -121,26 +121,47 @@ def test_more_removed_is_more_damage(model, calibration):
     assert costs[0] > 0
 
 
-def test_the_search_is_exact():
-    """Against every combination of kept counts, with the sizes that the budget says."""
-    model, rows = tiny_model(layers=2), uneven_rows()
-    options = {"channel_multiple": 8, "search_tolerance": 0.005, "compensation": "none"}
+FULL = {"attention": 2, "mlp": 48}
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.4, 0.55, 0.7])
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"compensation": "none", "channel_multiple": 8}, 2),
+        ({"compensation": "mean", "channel_multiple": 8}, 2),
+        ({"compensation": "sequential", "channel_multiple": 12}, 3),
+        ({"granularities": ("sub_block", "kv_group")}, 4),
+        ({"granularities": ("block", "kv_group", "channel"), "channel_multiple": 4}, 3),
+        ({"budget": "weight_bytes", "channel_multiple": 12}, 3),
+    ],
+    ids=lambda x: str(x) if isinstance(x, int) else "-".join(map(str, x.values())),
+)
+def test_the_search_is_exact(options, layers, ratio):
+    """Against every combination of kept counts; biases that compensation adds are counted.
+
+    A sub-block that goes whole needs a bias in front of it, which may be there already.
+    """
+    model, rows = tiny_model(layers=layers), uneven_rows()
+    options = {"search_tolerance": 0.005, **options}
     found = calibrate(model, rows, request(**options), progress=False)
-    for ratio in (0.25, 0.4, 0.55):
-        config = request(ratio, **options)
-        budget = make_budget(spec_for(model), config)
-        plan = planned(model, found, ratio, **options)
-        table = {place: curve.tolist() for place, curve in plan.damage.items()}
-        places, best = places_of(model), None
-        for counts in itertools.product(*(budget.allowed[place] for place in places)):
-            chosen = dict(zip(places, counts, strict=True))
-            attends = any(n for (_, kind), n in chosen.items() if kind == "attention")
-            if attends and budget.met_by(chosen):
-                full = {"attention": 2, "mlp": 48}
-                cost = sum(table[p][full[p[1]] - n] for p, n in chosen.items())
-                best = cost if best is None else min(best, cost)
-        trace = plan.plan.provenance["method"]
-        assert trace["predicted_damage"] == pytest.approx(best, rel=1e-9)
+    config = preset("conditional").resolve(request(ratio, **options))
+    budget = make_budget(spec_for(model), config, cost_of(model, config))
+    plan = planned(model, found, ratio, **options)
+    table = {place: curve.tolist() for place, curve in plan.damage.items()}
+    places, best = places_of(model), None
+    for counts in itertools.product(*(budget.allowed[place] for place in places)):
+        chosen = dict(zip(places, counts, strict=True))
+        attends = any(n for (_, kind), n in chosen.items() if kind == "attention")
+        halves = ({chosen[layer, kind] > 0 for kind in FULL} for layer in range(layers))
+        whole = "sub_block" in config.granularities or all(len(half) == 1 for half in halves)
+        if attends and whole and budget.met_by(chosen):
+            cost = sum(table[p][FULL[p[1]] - n] for p, n in chosen.items())
+            best = cost if best is None else min(best, cost)
+    trace = plan.plan.provenance["method"]
+    (search,) = trace["searches"]
+    assert search["optimal"]
+    assert trace["predicted_damage"] == pytest.approx(best, rel=1e-9)
 
 
 def test_units_leave_in_the_order_of_the_curve(model, calibration):
@@ -312,7 +333,7 @@ def refuse(*_args, **_options):
 def test_where_the_search_finds_nothing_the_ratio_is_settled_and_the_plan_says_so(
     model, calibration, allowed, found, monkeypatch
 ):
-    monkeypatch.setattr(conditional, "joint_search", found)
+    monkeypatch.setattr(conditional, "coupled_search", found)
     plan = planned(model, calibration, 0.3, granularities=allowed).plan
     assert plan.provenance["achieved_ratio"] == pytest.approx(0.3, abs=0.005)
     check_granularities(plan, allowed)
@@ -328,7 +349,7 @@ def test_where_the_search_finds_nothing_the_ratio_is_settled_and_the_plan_says_s
 def test_a_search_that_stopped_early_is_in_the_report(found, monkeypatch):
     """Its cost, its bound and a warning; the ratio is met all the same."""
     if found:
-        monkeypatch.setattr(conditional, "joint_search", found)
+        monkeypatch.setattr(conditional, "coupled_search", found)
     model = tiny_model(layers=8, kv_heads=4, intermediate_size=96)
     result = prune(
         model,

@@ -99,7 +99,7 @@ def test_a_block_never_loses_more_units_to_clusters_than_its_ratio(model, calibr
 def case_of(model, calibration, config):
     config = preset(config.preset).resolve(config)
     budget = make_budget(spec_for(model), config)
-    return Case(model=model, calibration=calibration, budget=budget, judge=None)
+    return Case(model=model, calibration=calibration, budget=budget, judge=None, diverges=None)
 
 
 COARSE = {"granularities": ("block", "sub_block", "kv_group")}

@@ -43,7 +43,7 @@ def case_of(model, rows, name, ratio=0.25, **options):
     config = request(name, ratio, **options)
     calibration = calibrate(model, rows, config, progress=False)
     budget = make_budget(spec_for(model), config)
-    return Case(model=model, calibration=calibration, budget=budget, judge=no_judge)
+    return Case(model=model, calibration=calibration, budget=budget, judge=no_judge, diverges=None)
 
 
 def planned(model, rows, name, ratio=0.25, **options):

@@ -60,6 +60,8 @@ def test_every_cell_is_in_the_tables_the_csv_and_the_figure(ran):
     assert len(found) == sum("nll" in cell for cell in cells.values())
     for row in found:
         assert abs(float(row["achieved"]) - float(row["ratio"])) <= 0.005
+        dense = next(float(x["mean_nll"]) for x in found if x["method"] == "dense")
+        assert float(row["excess"]) == pytest.approx(float(row["mean_nll"]) - dense, abs=1e-9)
         assert float(row["excess_low"]) <= float(row["excess_high"])
         assert float(row["other_perplexity"]) > 1
         assert all(float(row[name]) > 0 for name in COSTS)
@@ -108,6 +110,24 @@ def test_text_of_a_trained_model_is_its_own(run_recipe, tiny_checkpoint, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "shown"), [({"not_reached": "no such width"}, "×"), ({"error": "a bug"}, "failed")]
+)
+def test_what_was_run_in_vain_is_not_shown_as_not_run(ran, run_recipe, tmp_path, cell, shown):
+    stored = json.loads((ran[0] / "found.json").read_text())
+    stored["cells"]["flap|0.5|0"] = cell
+    del stored["cells"]["shortgpt|0.5|0"]
+    (tmp_path / "again.json").write_text(json.dumps(stored))
+    stdout = run_recipe(
+        "compare.py",
+        *("--out", tmp_path / "again.json", "--table-only", "--methods", *METHODS),
+        cwd=tmp_path,
+    )
+    assert re.search(rf"\| `flap` \| [\d.]+ \| {shown} \|", stdout)
+    assert re.search(r"\| `shortgpt` \| .* \| – \|", stdout)
+    assert f"- `flap` at 50%: {next(iter(cell.values()))}" in stdout
+
+
 def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, run_recipe):
     folder, arguments, _ = ran
     before = json.loads((folder / "found.json").read_text())["cells"]

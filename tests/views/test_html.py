@@ -17,8 +17,8 @@ from tests.views.pages import HOSTILE, made_plan, made_report, predicted, row, t
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 WAYS = [("With <this>:", ["import lit_prune", "x = 1 < 2"])]
 SWEEP = (
-    SweepPoint(0.0, 0.0, mean_nll=2.0),
-    SweepPoint(0.2, 0.2, predicted_damage=0.01, mean_nll=2.1),
+    SweepPoint(0.0, 0.0, mean_nll=2.0, dense_nll=2.0),
+    SweepPoint(0.2, 0.2, predicted_damage=0.01, mean_nll=2.1, dense_nll=2.0),
     SweepPoint(0.9, note="cannot be reached"),
 )
 FASTER = {"prefill_seconds": 0.5, "decode_seconds_per_token": 0.05}

@@ -20,23 +20,20 @@ def trade_off_of(points: Sequence[SweepPoint]) -> Element | None:
     """Return curve and table of a sweep; None where there was none.
 
     Args:
-        points: What `lit_prune.sweep` returned. Where one of them removes nothing and was
-            measured, the excess over it is shown.
+        points: What `lit_prune.sweep` returned. Where they were measured, the excess over the dense
+            model is shown.
     """
     if not points:
         return None
-    dense = [p.mean_nll for p in points if p.achieved == 0 and p.mean_nll is not None]
-    what = "excess loss" if dense else "loss"
-    base = dense[0] if dense else 0.0
     predicted = [
         (p.achieved, p.predicted_damage)
         for p in points
         if p.achieved is not None and p.predicted_damage is not None
     ]
     measured = [
-        (p.achieved, p.mean_nll - base)
+        (p.achieved, p.excess_nll)
         for p in points
-        if p.achieved is not None and p.mean_nll is not None
+        if p.achieved is not None and p.excess_nll is not None
     ]
     resource = RESOURCES[points[0].budget]
     pictures = []
@@ -46,13 +43,13 @@ def trade_off_of(points: Sequence[SweepPoint]) -> Element | None:
         chart = Chart(axis, height_axis([y for _, y in every]), "What each budget costs")
         for found, shape, words in (
             (predicted, "dot", "predicted"),
-            (measured, "triangle", f"measured {what}"),
+            (measured, "triangle", "measured excess loss"),
         ):
             chart.line(found, f"{shape}-line")
             for x, y in found:
                 chart.mark(x, y, shape, f"{percent(x)} removed: {short(y)} nats per token, {words}")
         entries = [("dot", "predicted")] * bool(predicted)
-        entries += [("triangle", f"measured {what}, on the choose side")] * bool(measured)
+        entries += [("triangle", "measured excess loss, on the choose side")] * bool(measured)
         picture = chart.svg(f"{resource} removed", "nats per token", x_name=lambda v: f"{v:.0%}")
         pictures = [figure(picture, "Further right is smaller, further up worse.", entries)]
     rows = [
@@ -60,11 +57,11 @@ def trade_off_of(points: Sequence[SweepPoint]) -> Element | None:
             percent(p.requested),
             "–" if p.achieved is None else percent(p.achieved),
             short(p.predicted_damage),
-            short(None if p.mean_nll is None else p.mean_nll - base),
+            short(p.excess_nll),
             p.note,
         ]
         for p in points
     ]
-    header = ["Asked", "Removed", "Predicted (nats)", f"Measured {what} (nats)", "Note"]
+    header = ["Asked", "Removed", "Predicted (nats)", "Measured excess loss (nats)", "Note"]
     shown = table(f"Budgets: share of the {resource}", header, rows, numbers=(1, 2, 3))
     return section("trade-off", "The trade-off", *pictures, shown)
