@@ -148,8 +148,8 @@ class PruningConfig:
             increase of ``nll``, ``frobenius`` norm of the change of the final hidden state,
             ``transfer_entropy``, or ``none``. ``paper`` goes by ``transfer_entropy`` or
             ``frobenius``.
-        verify_rounds: Method. Rounds in which ``conditional`` corrects its predictions by measured
-            losses of the choose text; one forward over that text for each sub-block and round.
+        verify_rounds: Method. Rounds in which ``conditional`` corrects its predictions by the KL of
+            drafts on the choose text; one forward over that text for each sub-block and round.
         damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
             inverted.
         seed: Seed of K-means and of random choices.

@@ -80,3 +80,21 @@ def test_the_fit_behind_the_pruned_prefix_brings_the_final_stream_nearer(case):
             stream = captured(model, rows, "score")["leaves"][last]
         errors.append(float((stream - dense).square().sum(1).mean()))
     assert errors[1] < errors[0]
+
+
+@pytest.mark.slow
+def test_the_default_is_nearer_to_the_dense_stream_than_the_mean_behind_nearly_every_layer(case):
+    model, rows, calibration, config = case
+    planned = make_plan(model, calibration, config)
+    fitted = compensated(model, planned, calibration, config).compensation
+    mean = mean_compensation(model, planned.plan, calibration.units)
+    dense = captured(model, rows, "score")["leaves"]
+    errors = []
+    for compensation in (fitted, mean):
+        with masked(model, planned.plan, compensation):
+            streams = captured(model, rows, "score")["leaves"]
+        errors.append([float((streams[i] - dense[i]).square().sum(1).mean()) for i in dense])
+    below = sum(a < b for a, b in zip(*errors, strict=True))
+    assert len(errors[0]) == len(model.model.layers)
+    assert below >= 0.95 * len(errors[0])
+    assert sum(errors[0]) < sum(errors[1])
