@@ -149,7 +149,7 @@ class PruningConfig:
             ``transfer_entropy``, or ``none``. ``paper`` goes by ``transfer_entropy`` or
             ``frobenius``.
         verify_rounds: Method. Rounds in which ``conditional`` corrects its predictions by the KL of
-            drafts on the choose text; one forward over that text for each sub-block and round.
+            drafts on the choose text: a forward for each sub-block, and two fits, a round.
         damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
             inverted.
         seed: Seed of K-means and of random choices.

@@ -22,7 +22,7 @@ from lit_prune.calibration import (
     replay_within,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, spec_for
-from lit_prune.errors import ScoreError
+from lit_prune.errors import CalibrationError, PlanMismatchError, ScoreError
 from lit_prune.importance import (
     damage_curve,
     damped,
@@ -30,7 +30,12 @@ from lit_prune.importance import (
     experts_order,
     order_damage,
 )
-from lit_prune.latency_table import latency_from_json, latency_to_json, with_latency_table
+from lit_prune.latency_table import (
+    latency_from_json,
+    latency_to_json,
+    refuse_other_workload,
+    with_latency_table,
+)
 from lit_prune.methods import preset
 from lit_prune.ranks import ALONE
 from lit_prune.surgery import weights_digest
@@ -225,3 +230,57 @@ def needed_bypasses(model: PreTrainedModel, config: PruningConfig) -> tuple[Unit
     method = preset(config.preset)
     wanted = method.all_needs(method.resolve(config)).bypasses
     return tuple(unit for unit in bypass_units(DecoderParts(model)) if unit.kind in wanted)
+
+
+def refuse_unfit(
+    model: PreTrainedModel, weights: str, calibration: Calibration, config: PruningConfig
+) -> None:
+    """Refuse a calibration of another model, or one that lacks what the request needs.
+
+    Raises:
+        PlanMismatchError: If it is of another architecture, or of other weights.
+        CalibrationError: Says what it lacks.
+    """
+    fingerprint = spec_for(model).fingerprint
+    if calibration.model_fingerprint != fingerprint:
+        raise PlanMismatchError(
+            "calibration was made for a model with fingerprint "
+            f"{calibration.model_fingerprint[:12]}…, this one has {fingerprint[:12]}…. "
+            "Calibrate this model."
+        )
+    made_on = calibration.weights_digest
+    if made_on is not None and made_on != weights:
+        raise PlanMismatchError(
+            f"calibrated on other weights ({made_on[:12]}…, this model has "
+            f"{weights[:12]}…), or on the same in another dtype: its statistics are not of this "
+            "model. Calibrate again."
+        )
+    if not calibration.units:
+        raise CalibrationError(
+            "calibration has samples and no moments of the units: several processes saw parts of "
+            "it in a validation, or no token fell on the calibrate side. Calibrate again."
+        )
+    needed = set(needed_bypasses(model, config))
+    joint = calibration.full is not None and calibration.full.ndim == 2
+    if needed and (
+        calibration.target != config.transfer_target or (config.estimator == "logdet" and not joint)
+    ):
+        raise CalibrationError(
+            f"calibration was measured for transfer_target {calibration.target!r} with "
+            f"{'covariances' if joint else 'variances'}; estimator {config.estimator!r} at "
+            f"{config.transfer_target!r} needs its own. Calibrate again with these options."
+        )
+    if missing := sorted(needed - set(calibration.bypassed or {})):
+        raise CalibrationError(
+            f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of "
+            f"{len(needed)} missing): it was made for another request. Calibrate again with these "
+            "options."
+        )
+    if lacking := calibration.lacks(preset(config.preset).all_needs(config)):
+        raise CalibrationError(
+            f"calibration has no {' and no '.join(lacking)}, which preset {config.preset!r} with "
+            f"compensation {config.compensation!r} needs: it was made for another request. "
+            "Calibrate again with these options."
+        )
+    if config.budget == "latency":
+        refuse_other_workload(model, calibration, config)

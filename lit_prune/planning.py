@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lit_prune.allocation import cost_of, make_budget
-from lit_prune.calibration import Divergence, first_tokens
+from lit_prune.calibration import Divergence, first_tokens, out_of_memory_in
 from lit_prune.decoder import SubBlock, quiet, spec_for
-from lit_prune.errors import CalibrationError, PlanMismatchError
-from lit_prune.latency_table import refuse_other_workload, table_words
-from lit_prune.measuring import needed_bypasses
+from lit_prune.latency_table import table_words
+from lit_prune.measuring import refuse_unfit
 from lit_prune.methods import (
     Case,
     Scores,
@@ -27,6 +26,7 @@ from lit_prune.methods import (
 )
 from lit_prune.metrics import quality_of
 from lit_prune.plan import PruningPlan
+from lit_prune.sequential import sequential_compensation
 from lit_prune.surgery import (
     Compensation,
     least_squares_compensation,
@@ -59,7 +59,7 @@ class Planned:
     Attributes:
         plan: What stays.
         compensation: What stands in for what goes; None without compensation. For
-            ``sequential``, what drafts are judged with, until `lit_prune.sequential.compensated`.
+            ``sequential``, what drafts are judged with, until `compensated`.
         scores: Unit entropies and transfer entropies, whatever the preset decided by.
         budget: The request against the model.
         damage: Predicted damage of each sub-block's removals, where the preset predicts it.
@@ -88,7 +88,7 @@ def make_plan(
         calibration: What was measured on it.
         config: The request.
         judged: Losses that drafts were found to have, by plan digest and side (or ``kl``: that
-            divergence, on the choose side); read and added to.
+            divergence, on the choose side, as a draft or fitted); read and added to.
             Planning several ratios with one method, hand the same one in: greedy paths start alike.
 
     Raises:
@@ -100,7 +100,7 @@ def make_plan(
     refuse_without_rule(model, method, config)
     spec = spec_for(model)
     weights = weights_digest(model)  # hashed once, not for every draft
-    _check_calibration(model, weights, calibration, config)
+    refuse_unfit(model, weights, calibration, config)
     cost = cost_of(model, config, calibration.latency)
     budget = make_budget(spec, config, cost)
     config = budget.config
@@ -150,12 +150,17 @@ def make_plan(
         with quiet(model):
             return Divergence(model, calibration.rows.batches("choose", config.replay_batch_tokens))
 
-    def diverges(kept: Kept) -> float:
+    def diverges(kept: Kept, *, fitted: bool = False) -> float:
         plan, from_dense = plan_of(spec, kept), dense()
-        if (known := memory.get((plan.digest, "kl"))) is not None:
+        fitted = fitted and config.compensation == "sequential"
+        key = plan.digest, "kl, fitted" if fitted else "kl"
+        if (known := memory.get(key)) is not None:
             return known
-        with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
-            found = memory[plan.digest, "kl"] = from_dense()
+        compensation = compensation_of(plan)
+        if fitted:
+            compensation = _fitted(model, plan, calibration, config, compensation)
+        with quiet(model), masked(model, plan, compensation, spec=spec):
+            found = memory[key] = from_dense()
         return found
 
     decision = method.decide(
@@ -188,6 +193,62 @@ def make_plan(
     }
     plan = replace(plan, provenance=provenance)
     return Planned(plan, compensation, scores, budget, decision.damage)
+
+
+def compensated(
+    model: PreTrainedModel,
+    planned: Planned,
+    calibration: Calibration,
+    config: PruningConfig,
+    *,
+    progress: bool = False,
+) -> Planned:
+    """Return the plan with the compensation that was asked for, where that needs forwards.
+
+    `make_plan` makes none, so that many plans can be looked at; this is for the one that stays.
+
+    Args:
+        model: The dense model; it is left as it was.
+        planned: What `make_plan` returned.
+        calibration: What it was made from; the text is run again.
+        config: The request.
+        progress: Show a bar (only on a terminal).
+
+    Raises:
+        CalibrationError: If an activation is not finite, or memory runs out.
+    """
+    config = preset(config.preset).resolve(config)
+    if config.compensation != "sequential" or not config.pruning_ratio:
+        return planned
+    compensation = _fitted(
+        model, planned.plan, calibration, planned.budget.config, planned.compensation, progress
+    )
+    facts = {**planned.plan.provenance, "compensation": describe(compensation)}
+    return replace(planned, plan=replace(planned.plan, provenance=facts), compensation=compensation)
+
+
+def _fitted(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    calibration: Calibration,
+    config: PruningConfig,
+    draft: Compensation | None,
+    progress: bool = False,
+) -> Compensation:
+    """Fit what stays; ``config`` as the budget has it, ``draft`` knows the weights' digest."""
+    with out_of_memory_in("the fit behind the pruned prefix", config.replay_batch_tokens):
+        return sequential_compensation(
+            model,
+            plan,
+            calibration.rows,
+            damping=config.damping,
+            removed_mean=config.removed_mean,
+            add_biases=config.adds_constants,
+            protected_layers=config.protected_layers,
+            weights=None if draft is None else draft.weights_digest,
+            batch_tokens=config.replay_batch_tokens,
+            progress=progress,
+        )
 
 
 def same_plan(
@@ -241,52 +302,3 @@ def describe(compensation: Compensation | None) -> dict[str, Any]:
     if compensation is None:
         return {"notes": []}
     return {"notes": list(compensation.notes), "sub_blocks": compensation.facts}
-
-
-def _check_calibration(
-    model: PreTrainedModel, weights: str, calibration: Calibration, config: PruningConfig
-) -> None:
-    """Refuse a calibration of another model, or one that lacks what the request needs."""
-    fingerprint = spec_for(model).fingerprint
-    if calibration.model_fingerprint != fingerprint:
-        raise PlanMismatchError(
-            "calibration was made for a model with fingerprint "
-            f"{calibration.model_fingerprint[:12]}…, this one has {fingerprint[:12]}…. "
-            "Calibrate this model."
-        )
-    made_on = calibration.weights_digest
-    if made_on is not None and made_on != weights:
-        raise PlanMismatchError(
-            f"calibrated on other weights ({made_on[:12]}…, this model has "
-            f"{weights[:12]}…), or on the same in another dtype: its statistics are not of this "
-            "model. Calibrate again."
-        )
-    if not calibration.units:
-        raise CalibrationError(
-            "calibration has samples and no moments of the units: several processes saw parts of "
-            "it in a validation, or no token fell on the calibrate side. Calibrate again."
-        )
-    needed = set(needed_bypasses(model, config))
-    joint = calibration.full is not None and calibration.full.ndim == 2
-    if needed and (
-        calibration.target != config.transfer_target or (config.estimator == "logdet" and not joint)
-    ):
-        raise CalibrationError(
-            f"calibration was measured for transfer_target {calibration.target!r} with "
-            f"{'covariances' if joint else 'variances'}; estimator {config.estimator!r} at "
-            f"{config.transfer_target!r} needs its own. Calibrate again with these options."
-        )
-    if missing := sorted(needed - set(calibration.bypassed or {})):
-        raise CalibrationError(
-            f"calibration has no transfer entropy of {missing[0]} ({len(missing)} of "
-            f"{len(needed)} missing): it was made for another request. Calibrate again with these "
-            "options, or use allocator='uniform'."
-        )
-    if lacking := calibration.lacks(preset(config.preset).all_needs(config)):
-        raise CalibrationError(
-            f"calibration has no {' and no '.join(lacking)}, which preset {config.preset!r} with "
-            f"compensation {config.compensation!r} needs: it was made for another request. "
-            "Calibrate again with these options."
-        )
-    if config.budget == "latency":
-        refuse_other_workload(model, calibration, config)

@@ -17,11 +17,10 @@ from lit_prune.errors import CalibrationError, UnsupportedModelError
 from lit_prune.measurement import Measurement, conditions, measure, predicted_rows, report_rows
 from lit_prune.measuring import calibrate
 from lit_prune.methods import Scores, preset, refuse_without_rule
-from lit_prune.planning import MEASURED_WITH, Planned, make_plan, same_plan
+from lit_prune.planning import MEASURED_WITH, Planned, compensated, make_plan, same_plan
 from lit_prune.ranks import ALONE
 from lit_prune.record import PruningRecord
 from lit_prune.report import PruningReport
-from lit_prune.sequential import compensated
 from lit_prune.surgery import Compensation, applied, tried, weights_digest
 from lit_prune.target_words import target_facts, with_target
 from lit_prune.targets import Aim, resolve

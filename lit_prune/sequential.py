@@ -25,14 +25,11 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration import (
     TwoStreams,
-    out_of_memory_in,
     two_streams,
 )
 from lit_prune.decoder import DecoderParts, SubBlock, is_plain, quiet, spec_for
 from lit_prune.inner import can_be_fitted_inside, fit_inner
-from lit_prune.methods import preset
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.planning import describe
 from lit_prune.reading import head_map, input_map
 from lit_prune.surgery import (
     DAMPING_FACTORS,
@@ -49,58 +46,13 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from lit_prune.calibration import Calibration, RowSet, Side
-    from lit_prune.config import PruningConfig
+    from lit_prune.calibration import RowSet, Side
     from lit_prune.decoder import DecoderSpec
-    from lit_prune.planning import Planned
     from lit_prune.writing import Written
 
 _SIDES: tuple[Side, Side] = ("calibrate", "choose")
 # How often what lies inside and what is written are fitted in turn: in an MLP each helps the other.
 _ROUNDS = {"attention": 1, "mlp": 3}
-
-
-def compensated(
-    model: PreTrainedModel,
-    planned: Planned,
-    calibration: Calibration,
-    config: PruningConfig,
-    *,
-    progress: bool = False,
-) -> Planned:
-    """Return the plan with the compensation that was asked for, where that needs forwards.
-
-    `make_plan` makes none, so that many plans can be looked at; this is for the one that stays.
-
-    Args:
-        model: The dense model; it is left as it was.
-        planned: What `make_plan` returned.
-        calibration: What it was made from; the text is run again.
-        config: The request.
-        progress: Show a bar (only on a terminal).
-
-    Raises:
-        CalibrationError: If an activation is not finite, or memory runs out.
-    """
-    config = preset(config.preset).resolve(config)
-    if config.compensation != "sequential" or not config.pruning_ratio:
-        return planned
-    draft = planned.compensation
-    with out_of_memory_in("the fit behind the pruned prefix", config.replay_batch_tokens):
-        compensation = sequential_compensation(
-            model,
-            planned.plan,
-            calibration.rows,
-            damping=config.damping,
-            removed_mean=config.removed_mean,
-            add_biases=planned.budget.config.adds_constants,
-            protected_layers=config.protected_layers,
-            weights=None if draft is None else draft.weights_digest,
-            batch_tokens=config.replay_batch_tokens,
-            progress=progress,
-        )
-    facts = {**planned.plan.provenance, "compensation": describe(compensation)}
-    return replace(planned, plan=replace(planned.plan, provenance=facts), compensation=compensation)
 
 
 def sequential_compensation(

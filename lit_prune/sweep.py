@@ -10,8 +10,7 @@ from lit_prune.decoder import quiet
 from lit_prune.errors import BudgetError, ConfigError
 from lit_prune.methods import preset
 from lit_prune.metrics import quality_of
-from lit_prune.planning import make_plan
-from lit_prune.sequential import compensated
+from lit_prune.planning import compensated, make_plan
 from lit_prune.surgery import masked
 
 if TYPE_CHECKING:

@@ -58,8 +58,7 @@ from lit_prune.errors import BudgetError
 from lit_prune.importance import channel_entropy
 from lit_prune.measuring import calibrate
 from lit_prune.methods import plan_of
-from lit_prune.planning import make_plan
-from lit_prune.sequential import compensated
+from lit_prune.planning import compensated, make_plan
 from lit_prune.surgery import least_squares_compensation
 
 if TYPE_CHECKING:

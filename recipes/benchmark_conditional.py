@@ -29,8 +29,7 @@ from lit_prune.calibration import Row, RowSet, replay, replay_within
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import KINDS, DecoderParts, quiet
 from lit_prune.measuring import calibrate
-from lit_prune.planning import make_plan
-from lit_prune.sequential import compensated
+from lit_prune.planning import compensated, make_plan
 
 CONFIG = PruningConfig(pruning_ratio=0.3)
 BATCH_TOKENS = 2048

@@ -27,8 +27,7 @@ from lit_prune.errors import BudgetError, LitPruneError
 from lit_prune.measuring import calibrate, needed_bypasses
 from lit_prune.methods import preset
 from lit_prune.metrics import footprint_of, measure_latency, perplexity_of
-from lit_prune.planning import make_plan
-from lit_prune.sequential import compensated
+from lit_prune.planning import compensated, make_plan
 
 if TYPE_CHECKING:
     import argparse

@@ -18,9 +18,9 @@ from lit_prune.decoder import spec_for
 from lit_prune.errors import CalibrationError
 from lit_prune.measuring import calibrate
 from lit_prune.plan import LayerPlan, PruningPlan
-from lit_prune.planning import make_plan
+from lit_prune.planning import compensated, make_plan
 from lit_prune.pruner import prune
-from lit_prune.sequential import compensated, sequential_compensation
+from lit_prune.sequential import sequential_compensation
 from lit_prune.surgery import apply_plan, masked, mean_compensation
 from tests.models import CONFIGS, batches_of, tiny_model, tiny_rows
 from tests.naive import captured, output_of, uneven_rows

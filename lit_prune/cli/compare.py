@@ -96,8 +96,7 @@ def _judged(model: PreTrainedModel, rows: RowSet, config: PruningConfig) -> dict
     from lit_prune.decoder import quiet
     from lit_prune.measuring import calibrate
     from lit_prune.metrics import perplexity_of
-    from lit_prune.planning import make_plan
-    from lit_prune.sequential import compensated
+    from lit_prune.planning import compensated, make_plan
     from lit_prune.surgery import masked
 
     started = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from lit_prune.allocation import Ranking
 from lit_prune.calibration import Needs, Side
@@ -27,6 +27,14 @@ Kept = Mapping["SubBlock", tuple[int, ...]]
 # Mean NLL (nats per token) of a side of the text when only these units stay, measured on the masked
 # dense model with the compensation of the request.
 Judge = Callable[[Kept, Side], float]
+
+
+class Diverges(Protocol):
+    """KL divergence of such a model from the dense one on the choose side, nats per token."""
+
+    def __call__(self, kept: Kept, *, fitted: bool = False) -> float: ...  # noqa: D102
+
+
 # Options that mean something to some methods only.
 ENTROPY_OPTIONS = ("estimator", "entropy_floor", "transfer_target", "kv_group_score")
 PAPER_OPTIONS = (
@@ -65,14 +73,15 @@ class Case:
         calibration: What was measured on it.
         budget: How much may go, and where; its ``config`` holds every option.
         judge: Measures the loss of a draft; for methods that search by real losses.
-        diverges: Measures its KL divergence to the dense model on the choose side, nats per token.
+        diverges: Measures its KL divergence to the dense model on the choose side, nats per token;
+            ``fitted``: compensated as it will be, whatever that costs.
     """
 
     model: PreTrainedModel
     calibration: Calibration
     budget: Budget
     judge: Judge
-    diverges: Callable[[Kept], float]
+    diverges: Diverges
 
     @property
     def spec(self) -> DecoderSpec:

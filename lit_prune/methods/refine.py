@@ -39,7 +39,8 @@ def refine(
     one neighbour of the present plan is judged for every sub-block (a few units more or fewer
     there); the measured difference, over the predicted one, rescales that sub-block's curve, and
     the exact search runs again: so all exchanges between sub-blocks are weighed at once. A new plan
-    is taken only where its own measured divergence is lower.
+    is taken only where its own divergence is lower, compensated as it will be: where that takes a
+    fit behind the pruned prefix, two of them a round, and one before the first.
 
     Args:
         case: What to decide; ``verify_rounds`` of its request is the most rounds.
@@ -53,28 +54,28 @@ def refine(
     """
     whole = all_kept(case.spec)
 
-    def judge(draft: Counts) -> float:
+    def judge(draft: Counts, *, fitted: bool = False) -> float:
         kept = {place: ranking.kept(place, count) for place, count in draft.items()}
-        return case.diverges(kept)
+        return case.diverges(kept, fitted=fitted)
 
-    best, least = dict(counts), judge(counts)
+    best, least = dict(counts), judge(counts, fitted=True)
     scaled = dict(damage)
     rounds = [{"kl_on_choose_text": least}]
     for _ in range(case.config.verify_rounds):
-        slopes = {}
+        here, slopes = judge(best), {}
         for place, count in best.items():
             other = _neighbour(case, place, count)
             curve = scaled[place]
             predicted = float(curve[whole[place] - other] - curve[whole[place] - count])
             if other == count or not predicted:
                 continue
-            slope = (judge({**best, place: other}) - least) / predicted
+            slope = (judge({**best, place: other}) - here) / predicted
             slopes[place] = min(max(slope, 1 / _MOST), _MOST)
         found = []
         for trust in _TRUST:
             draft = {p: curve * slopes.get(p, 1.0) ** trust for p, curve in scaled.items()}
             try_counts = allocate(draft)
-            found.append((judge(try_counts), trust, try_counts, draft))
+            found.append((judge(try_counts, fitted=True), trust, try_counts, draft))
         kl, trust, try_counts, draft = min(found, key=lambda item: item[:2])
         rounds.append({"kl_on_choose_text": kl, "trust": trust})
         if kl >= least:

@@ -144,7 +144,9 @@ def test_f32_a_dense_checkpoint_into_a_pruned_module_says_what_to_do(recovered):
     follow_checkpoints(module)
     with (
         unchanged(module.lm),
-        pytest.raises(PlanMismatchError, match=r"they hold 4 layers, this model has \d|units there, \d+ here"),
+        pytest.raises(
+            PlanMismatchError, match=r"they hold 4 layers, this model has \d|units there, \d+ here"
+        ),
     ):
         module.load_state_dict(LM().state_dict())
 

@@ -12,8 +12,7 @@ from lit_prune.calibration import collect_rows
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import DecoderParts, spec_for
 from lit_prune.measuring import calibrate
-from lit_prune.planning import make_plan
-from lit_prune.sequential import compensated
+from lit_prune.planning import compensated, make_plan
 from lit_prune.surgery import masked, mean_compensation, unit_columns
 from tests.naive import captured
 
