@@ -42,7 +42,11 @@ def add_options(parser: ArgumentParser) -> None:
     add_calibration(parser)
     add_target_directory(parser, "table, curve and calibration")
     parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5], help="to be tried"
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=[0.1, 0.2, 0.3, 0.4, 0.5],
+        help="to be tried: 0.1 0.2 0.3",
     )
     add_request(parser, targets=False)
 

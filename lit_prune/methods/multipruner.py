@@ -97,18 +97,27 @@ class Search:
                 usual = round(_STEP * part.num_units) if kind == "mlp" else 1
                 needed = math.ceil(self.missing(share) / (_STEPS * part.unit_parameters))
                 sizes[index, part.kind] = max(usual, needed, 1)
-        while self.missing(share) > 0:
-            options = []
-            for place, size in sizes.items():
-                narrower = [
-                    count
-                    for count in self.case.budget.allowed[place]
-                    if 0 < count <= self.counts[place] - size
-                ]
-                if narrower:
-                    options.append((place, max(narrower)))
-            if not self.take(options):
-                break
+        while self.missing(share) > 0 and self.take(self.narrower(sizes)):
+            pass
+
+    def narrower(self, sizes: dict[SubBlock, int]) -> list[tuple[SubBlock, int]]:
+        """Return the next count of each sub-block that is fewer by its size, or by a little more."""
+        options = []
+        for place, size in sizes.items():
+            allowed, most = self.case.budget.allowed[place], self.counts[place] - size
+            if counts := [count for count in allowed if 0 < count <= most]:
+                options.append((place, max(counts)))
+        return options
+
+    def finish(self) -> dict[SubBlock, int]:
+        """Meet the ratio in the smallest steps of channels, by loss as before."""
+        budget = self.case.budget
+        smallest = {place: 1 for place in self.counts if place[1] == "mlp"}
+        while not budget.met_by(self.counts) and self.take(self.narrower(smallest)):
+            pass
+        if budget.met_by(self.counts):
+            return self.counts
+        return settled(budget, self.counts, self.ranking)
 
 
 def decide(case: Case) -> Decision:
@@ -124,7 +133,7 @@ def decide(case: Case) -> Decision:
             break
     search.narrow("mlp", _SPLIT[1])
     search.narrow("attention", _SPLIT[2])
-    counts = settled(case.budget, search.counts, ranking)
+    counts = search.finish()
     return Decision.of(counts, ranking, {"judged": search.judged, "steps": search.steps})
 
 
@@ -137,7 +146,7 @@ METHOD = Method(
     allocators=("greedy",),
     deviations=(
         "A step is never so long that the ratio would be overshot; what is left over when no step "
-        "fits is settled by single units of least weight norm.",
+        "fits is met in the smallest steps of channels, by loss, too.",
         "A step takes 1024 / 11008 of an MLP's channels, or one KV group; more where a stage would "
         "need over 64 steps. Every step measures one draft for each layer (two, for sub-blocks).",
         "44:52:4 for every model; its code uses other splits (such as 30:70:0) for some.",
