@@ -101,7 +101,7 @@ class Search:
             pass
 
     def narrower(self, sizes: dict[SubBlock, int]) -> list[tuple[SubBlock, int]]:
-        """Return the next count of each sub-block that is fewer by its size, or by a little more."""
+        """Return the next count of each sub-block that is fewer by its size, or a little more."""
         options = []
         for place, size in sizes.items():
             allowed, most = self.case.budget.allowed[place], self.counts[place] - size
