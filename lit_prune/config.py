@@ -136,8 +136,8 @@ class PruningConfig:
             units).
         removed_mean: Method. ``add`` the mean output of a whole removed sub-block as a constant, or
             ``drop`` it.
-        search_tolerance: Method. Fraction of the budget's whole that the search may leave to single
-            channels.
+        search_tolerance: Method. Fraction of the budget's whole by which the search may miss the
+            ratio, where anything comes that near (``paper`` leaves it to single channels).
         node_limit: Nodes that the depth-first search may visit.
         unit_score: Method. In which order units leave; None: the preset's own. Under
             ``conditional`` by ``conditional`` entropy, or as controls by marginal ``entropy``,
@@ -149,7 +149,7 @@ class PruningConfig:
             ``transfer_entropy``, or ``none``. ``paper`` goes by ``transfer_entropy`` or
             ``frobenius``.
         verify_rounds: Method. Rounds in which ``conditional`` corrects its predictions by the KL of
-            drafts on the choose text: a forward for each sub-block, and two fits, a round.
+            drafts on the choose text: a forward for each sub-block, two fits; one fit before.
         damping: Method. Added to a covariance, as a fraction of its mean variance, before it is
             inverted.
         seed: Seed of K-means and of random choices.

@@ -254,8 +254,9 @@ def make_report(
             f"are noisy below {_FEW_PER_CHANNEL}, so more damping is chosen. Calibrate on more text"
         ]
     fallback = [
-        f"{search.get('why', 'the search stopped at its node limit')}: the selection's cost "
-        f"is proven within {search['cost'] - search['bound']:.4g} of the least"
+        f"{search.get('why', 'the search stopped at its node limit')}: the selection costs "
+        f"{search['cost']:.4g}, and is proven within {search['cost'] - search['bound']:.4g} of the "
+        "least"
         for search in planned.plan.provenance["method"].get("searches", [])
         if not search["optimal"] and search["nodes"]
     ]

@@ -217,16 +217,14 @@ class PruningReport:
         ]
 
     def _searched(self) -> list[str]:
-        searches = self.search.get("searches", [])
-        if searches and all(search["optimal"] for search in searches):
-            return ["search: proven optimal, no selection that fits costs less"]
-        return [f"search: {self.search['tried']}"] if "tried" in self.search else []
+        said = ("proven", "tried", "settled")
+        return [f"search: {self.search[name]}" for name in said if name in self.search]
 
     def _solved(self) -> list[str]:
         solved = {
             name: facts
             for name, facts in self.compensation.items()
-            if facts.get("condition_number_at_most") is not None
+            if None not in (facts.get("condition_number_at_most"), facts.get("damping"))
         }
         if not solved:
             return []
@@ -266,6 +264,7 @@ class PruningReport:
             raw = json.loads(text)
             rows = tuple(ReportRow(**row) for row in raw.pop("rows"))
             RESOURCES[raw.get("budget", "parameters")]  # a KeyError where it names nothing
+            raw["compensation"] = {k: dict(v) for k, v in raw.get("compensation", {}).items()}
             return cls(**{**raw, "rows": rows, "warnings": tuple(raw["warnings"])})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ArtifactError(f"not a lit_prune report: {error!r}.") from error

@@ -14,8 +14,6 @@ from lit_prune.planning import compensated, make_plan
 from lit_prune.surgery import masked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
@@ -60,7 +58,7 @@ class SweepPoint:
 def sweep(
     model: PreTrainedModel,
     calibration: Calibration,
-    ratios: Sequence[float],
+    ratios: list[float] | tuple[float, ...],
     *,
     measured: bool = False,
     **options: Any,
@@ -77,7 +75,7 @@ def sweep(
         **options: The other fields of `PruningConfig`.
 
     Raises:
-        ConfigError: If ``ratios`` is no sequence of fractions.
+        ConfigError: If ``ratios`` is no list or tuple.
         CalibrationError: If the calibration lacks what the preset needs.
 
     Example::
@@ -85,8 +83,8 @@ def sweep(
         points = sweep(model, result.calibration, [0.1, 0.2, 0.3, 0.4], measured=True)
         trade_off(points).savefig("trade_off.png")  # from lit_prune.views
     """
-    if isinstance(ratios, (int, float, str)):
-        raise ConfigError(f"ratios is {ratios!r}; expected several fractions, e.g. [0.2, 0.3].")
+    if not isinstance(ratios, (list, tuple)):
+        raise ConfigError(f"ratios is {ratios!r}; expected a list of fractions, e.g. [0.2, 0.3].")
     points: list[SweepPoint] = []
     dense = None
     for ratio in ratios:

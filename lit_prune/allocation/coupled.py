@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     Banned = frozenset[tuple[int, int]]
 
 _TIE = 1e-9
-# Searches for one window: each branch is one.
-_MOST_SEARCHES = 64
+# Searches for one window, each a branch: some minutes where each takes a while.
+_MOST_SEARCHES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,8 @@ def coupled_search(
         options.append([*_biased(budget, {}, 0, None)])
     levels = [[_level(option, damage, whole, bias) for option in place] for place in options]
     raised = bias * len(options)  # so that no size is negative
-    low, high = math.ceil(budget.target - slack), math.floor(budget.target + slack)
+    # something goes, or there was nothing to ask for
+    low, high = max(math.ceil(budget.target - slack), 1), math.floor(budget.target + slack)
     if high < low:
         return None
     attentions = sum(part.kind == "attention" for _, part in budget.spec.sub_blocks)
@@ -155,7 +156,7 @@ def coupled_search(
     if cost == math.inf:
         if bound == math.inf:
             return None
-        raise BudgetError(f"no selection was found that fits, within {nodes:,} search nodes.")
+        raise BudgetError(f"no selection that fits was found in {nodes:,} search nodes.")
     optimal = bound >= cost * (1 - _TIE)
     return Allocation(counts, cost, optimal, cost if optimal else bound, nodes)
 

@@ -11,7 +11,7 @@ from lit_prune.calibration.streams import inputs_of
 from lit_prune.decoder import IGNORED_LABEL, DecoderParts, after_head, head_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from transformers import PreTrainedModel
 
@@ -34,6 +34,8 @@ class Divergence:
 
     def __init__(self, model: PreTrainedModel, batches: Iterable[Batch]) -> None:
         self._parts = DecoderParts(model)
+        head: Any = head_of(model)
+        self._head = head.forward  # under a mask another may stand in its place
         self._dense = [(batch, self._hidden(batch).cpu()) for batch in batches]
 
     def __call__(self) -> float:
@@ -45,7 +47,9 @@ class Divergence:
         for batch, dense in self._dense:
             hidden = self._hidden(batch)
             labels = torch.full((len(hidden),), IGNORED_LABEL, device=hidden.device)
-            total += compare_heads(self._parts, dense.to(hidden), hidden, labels)[0]
+            total += compare_heads(
+                self._parts, dense.to(hidden), hidden, labels, dense_head=self._head
+            )[0]
             tokens += len(hidden)
         return total / max(tokens, 1)
 
@@ -60,21 +64,29 @@ class Divergence:
 
 
 def compare_heads(
-    parts: DecoderParts, dense: Tensor, hidden: Tensor, labels: Tensor
+    parts: DecoderParts,
+    dense: Tensor,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    dense_head: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, float]:
     """Return the sums over tokens of the KL divergence and of the increase of the NLL, nats.
 
     Args:
-        parts: Whose head reads both.
+        parts: Whose head reads them.
         dense: Normed hidden states of the dense model, ``[tokens, hidden_size]``.
         hidden: Those to compare, ``[tokens, hidden_size]``.
         labels: What comes next, ``[tokens]``; -100 where that is not known.
+        dense_head: What reads ``dense``; None: the same head.
     """
     head: Any = head_of(parts.model)
+    heads = (dense_head or head, head)
     kl = nll = 0.0
     for chunk in torch.arange(len(labels), device=labels.device).split(_LOGIT_TOKENS):
         one, other = (
-            after_head(head(x[chunk]).float(), parts.model).log_softmax(-1) for x in (dense, hidden)
+            after_head(read(x[chunk]).float(), parts.model).log_softmax(-1)
+            for read, x in zip(heads, (dense, hidden), strict=True)
         )
         kl += float((one.exp() * (one - other)).sum(-1).double().sum())
         classes = labels[chunk].unsqueeze(-1)

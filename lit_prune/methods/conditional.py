@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lit_prune.methods.decision import Case
 
 # What the report says of a search.
+_PROVEN = "proven: nothing within {:.2g} percentage points of the ratio is predicted to cost less"
 _ALL_WIDTHS = "every pair of equal widths was tried with every number of blocks that go"
 
 
@@ -148,8 +149,9 @@ def decide(case: Case) -> Decision:
     if rounds:
         trace["verified"] = rounds
     if counts != searched:
-        why = {"optimal": False, "why": "measured losses preferred it to what is predicted best"}
-        trace["searches"] = [x | why for x in trace["searches"]]
+        why = "measured divergences preferred it to what is predicted best"
+        trace["searches"] = [{**x, "optimal": False, "why": why} for x in trace["searches"]]
+        trace.pop("proven", None)
     return replace(Decision.of(counts, ranking, trace), damage=damage)
 
 
@@ -169,7 +171,13 @@ def _allocate(
         return settled(case.budget, counts, ranking), {**limited, **settling}
     if found is None:
         return settled(case.budget, counts, ranking), settling
-    facts = {"optimal": found.optimal, "bound": found.bound, "nodes": found.nodes}
+    facts: dict[str, Any] = {"optimal": found.optimal, "bound": found.bound, "nodes": found.nodes}
+    if found.optimal:
+        narrow, off = case.config.search_tolerance, abs(case.budget.deficit(found.counts))
+        near = narrow if off <= narrow * case.budget.cost.total else case.config.ratio_tolerance
+        return found.counts, {**facts, "proven": _PROVEN.format(100 * near)}
+    if found.nodes < case.config.node_limit:
+        facts["why"] = "the search stopped at its limit of branches"
     return found.counts, facts
 
 
@@ -181,7 +189,7 @@ def _trace(
 ) -> dict[str, Any]:
     whole = all_kept(case.spec)
     cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
-    said = ("settled", "tried")
+    said = ("settled", "tried", "proven")
     facts = {name: value for name, value in search.items() if name not in said}
     return {
         "allocator": case.config.allocator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lit_prune.decoder import all_kept
@@ -70,7 +71,8 @@ def refine(
             if other == count or not predicted:
                 continue
             slope = (judge({**best, place: other}) - here) / predicted
-            slopes[place] = min(max(slope, 1 / _MOST), _MOST)
+            if math.isfinite(slope):
+                slopes[place] = min(max(slope, 1 / _MOST), _MOST)
         found = []
         for trust in _TRUST:
             draft = {p: curve * slopes.get(p, 1.0) ** trust for p, curve in scaled.items()}
@@ -78,7 +80,7 @@ def refine(
             found.append((judge(try_counts, fitted=True), trust, try_counts, draft))
         kl, trust, try_counts, draft = min(found, key=lambda item: item[:2])
         rounds.append({"kl_on_choose_text": kl, "trust": trust})
-        if kl >= least:
+        if not kl < least:
             break
         best, least, scaled = try_counts, kl, draft
     return best, rounds

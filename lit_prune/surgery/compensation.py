@@ -156,7 +156,7 @@ class Compensation:
         for group in _GROUPS.values():
             for (layer, kind), tensor in getattr(self, group).items():
                 shape = None
-                if layer < len(parts.layers) and parts.exists(layer, kind):
+                if 0 <= layer < len(parts.layers) and parts.exists(layer, kind):
                     kept = plan.layers[layer].kept(kind)
                     shape = _shapes(parts, (layer, kind), kept).get(group)
                 if tensor.shape != shape:
@@ -166,6 +166,13 @@ class Compensation:
                         f"{'none' if shape is None else list(shape)}. It was written by another "
                         "version of lit_prune, or altered: make it again."
                     )
+        hidden, head_map = parts.hidden_size, self.head_map
+        if head_map is not None and head_map.shape not in ((), (hidden, hidden)):
+            raise PlanMismatchError(
+                f"compensation has a head_map of shape {list(head_map.shape)}; expected [] or "
+                f"{[hidden, hidden]}. It was written by another version of lit_prune, or altered: "
+                "make it again."
+            )
 
 
 def mean_compensation(

@@ -34,11 +34,11 @@ def cost_of(damage, spec, counts):
 
 
 def cheapest(budget, damage, slack):
-    """The least cost of all combinations that fit; None where none does."""
+    """The least cost of all combinations that remove something and fit; None where none does."""
     costs = [
         cost_of(damage, budget.spec, counts)
         for counts in naive_counts(budget.spec, budget.config, budget.channel_multiple)
-        if abs(budget.deficit(counts)) <= slack
+        if abs(budget.deficit(counts)) <= slack and budget.removed(counts) > 0
     ]
     return min(costs, default=None)
 

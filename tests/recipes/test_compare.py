@@ -109,7 +109,6 @@ def test_text_of_a_trained_model_is_its_own(run_recipe, tiny_checkpoint, tmp_pat
     assert conditions["other"] is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "shown"), [({"not_reached": "no such width"}, "×"), ({"error": "a bug"}, "failed")]
 )
@@ -128,6 +127,7 @@ def test_what_was_run_in_vain_is_not_shown_as_not_run(ran, run_recipe, tmp_path,
     assert f"- `flap` at 50%: {next(iter(cell.values()))}" in stdout
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, run_recipe):
     folder, arguments, _ = ran
     before = json.loads((folder / "found.json").read_text())["cells"]

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,4 +131,12 @@ def test_tensors_of_another_shape_are_refused_by_name(made, group, place, shape,
     compensation = mean_compensation(model, plan, units)
     getattr(compensation, group)[place] = torch.zeros(shape)
     with unchanged(model), pytest.raises(PlanMismatchError, match=words):
+        apply_plan(model, plan, compensation)
+
+
+@pytest.mark.parametrize("head_map", [torch.eye(8), torch.zeros(32)], ids=["small", "vector"])
+def test_a_head_map_of_another_shape_is_refused_by_name(made, head_map):
+    model, plan, units = made
+    compensation = replace(mean_compensation(model, plan, units), head_map=head_map)
+    with unchanged(model), pytest.raises(PlanMismatchError, match=r"head_map of shape .*expected"):
         apply_plan(model, plan, compensation)
