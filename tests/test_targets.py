@@ -121,7 +121,8 @@ def test_speed_up_measured_again_is_what_was_predicted(size, monkeypatch):
     predicted = result.report.target["predicted"]
     # in turn, for clocks of a shared machine drift between a measurement and the next
     ratios = [whole(dense) / whole(model) for _ in range(5)]
-    assert statistics.median(ratios) == pytest.approx(predicted, rel=0.05)
+    # the dense MLPs alone took 13.8 to 16.3 ms in eight measurements on two cores of a server
+    assert statistics.median(ratios) == pytest.approx(predicted, rel=0.15)
 
 
 BOUNDS = [
