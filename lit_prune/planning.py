@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lit_prune.allocation import cost_of, make_budget
-from lit_prune.calibration import Divergence, first_tokens, out_of_memory_in
+from lit_prune.calibration import Divergence, out_of_memory_in
 from lit_prune.decoder import SubBlock, quiet, spec_for
 from lit_prune.latency_table import table_words
 from lit_prune.measuring import refuse_unfit
@@ -136,11 +136,9 @@ def make_plan(
         if (known := memory.get((plan.digest, side))) is not None:
             return known
         with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
-            batches = calibration.rows.batches(side, config.replay_batch_tokens)
-            if side == "calibrate":  # hundreds of drafts are judged there
-                batches = first_tokens(
-                    calibration.rows, side, config.search_tokens, config.replay_batch_tokens
-                )
+            # hundreds of drafts are judged on the calibrate side
+            most = config.search_tokens if side == "calibrate" else None
+            batches = calibration.rows.batches(side, config.replay_batch_tokens, most)
             found = quality_of(model, batches).mean_nll
         memory[plan.digest, side] = found
         return found
@@ -221,7 +219,12 @@ def compensated(
     if config.compensation != "sequential" or not config.pruning_ratio:
         return planned
     compensation = _fitted(
-        model, planned.plan, calibration, planned.budget.config, planned.compensation, progress
+        model,
+        planned.plan,
+        calibration,
+        planned.budget.config,
+        planned.compensation,
+        progress=progress,
     )
     facts = {**planned.plan.provenance, "compensation": describe(compensation)}
     return replace(planned, plan=replace(planned.plan, provenance=facts), compensation=compensation)

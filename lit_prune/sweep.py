@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import quiet
 from lit_prune.errors import BudgetError, ConfigError
@@ -14,6 +16,8 @@ from lit_prune.planning import compensated, make_plan
 from lit_prune.surgery import masked
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel
 
     from lit_prune.calibration import Calibration
@@ -58,9 +62,10 @@ class SweepPoint:
 def sweep(
     model: PreTrainedModel,
     calibration: Calibration,
-    ratios: list[float] | tuple[float, ...],
+    ratios: Iterable[float],
     *,
     measured: bool = False,
+    progress: bool = False,
     **options: Any,
 ) -> tuple[SweepPoint, ...]:
     """Plan for several ratios; the model is only read.
@@ -72,10 +77,11 @@ def sweep(
         measured: Also measure each plan on the choose side, by masking the dense model: one pass
             over that text for each ratio, and one of the dense model. Without it no forward pass is
             made by presets that score once.
+        progress: Show a bar (only on a terminal).
         **options: The other fields of `PruningConfig`.
 
     Raises:
-        ConfigError: If ``ratios`` is no list or tuple.
+        ConfigError: If ``ratios`` are not several fractions.
         CalibrationError: If the calibration lacks what the preset needs.
 
     Example::
@@ -83,15 +89,20 @@ def sweep(
         points = sweep(model, result.calibration, [0.1, 0.2, 0.3, 0.4], measured=True)
         trade_off(points).savefig("trade_off.png")  # from lit_prune.views
     """
-    if not isinstance(ratios, (list, tuple)):
-        raise ConfigError(f"ratios is {ratios!r}; expected a list of fractions, e.g. [0.2, 0.3].")
+    try:
+        ratios = [float(ratio) for ratio in ratios]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"ratios is {ratios!r}; expected several fractions, e.g. [0.2, 0.3]."
+        ) from None
     points: list[SweepPoint] = []
     dense = None
-    for ratio in ratios:
+    bar = tqdm(ratios, desc="Planning", unit="ratio", disable=None if progress else True)
+    for ratio in bar:
         config = PruningConfig.from_options({**options, "pruning_ratio": ratio})
         config = preset(config.preset).resolve(config)
         if measured and dense is None:
-            dense = _chosen(model, calibration, config)
+            dense = nll_as_it_is(model, calibration, config)
         try:
             planned = make_plan(model, calibration, config)
         except BudgetError as error:
@@ -124,10 +135,11 @@ def chosen_nll(
     """
     planned = compensated(model, planned, calibration, config)
     with masked(model, planned.plan, planned.compensation):
-        return _chosen(model, calibration, config)
+        return nll_as_it_is(model, calibration, config)
 
 
-def _chosen(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> float:
+def nll_as_it_is(model: PreTrainedModel, calibration: Calibration, config: PruningConfig) -> float:
+    """Return what a model comes to on the choose side as it stands, nats per token."""
     with quiet(model):
         batches = calibration.rows.batches("choose", config.replay_batch_tokens)
         return quality_of(model, batches).mean_nll

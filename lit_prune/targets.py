@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 from lit_prune.allocation import ReachableTotals, aimed, cost_of, make_budget
 from lit_prune.amounts import amount_of
 from lit_prune.config import PruningConfig
-from lit_prune.decoder import quiet, spec_for
+from lit_prune.decoder import spec_for
 from lit_prune.errors import BudgetError
-from lit_prune.metrics import quality_of
 from lit_prune.planning import make_plan
-from lit_prune.sweep import chosen_nll
+from lit_prune.sweep import chosen_nll, nll_as_it_is
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,9 +100,7 @@ def _largest_cut(
     """
     budget = make_budget(spec_for(model), config, cost_of(model, config, calibration.latency))
     totals, whole = ReachableTotals(budget), budget.cost.total
-    with quiet(model):
-        batches = calibration.rows.batches("choose", config.replay_batch_tokens)
-        dense = quality_of(model, batches).mean_nll
+    dense = nll_as_it_is(model, calibration, config)
     inside, outside = 0.0, totals.most() / whole + _STEP
     tried: list[dict[str, Any]] = []
     judged: dict[Any, float] = {}

@@ -101,5 +101,5 @@ def test_what_was_measured_stands_beside_what_the_dense_model_has(model, calibra
 
 @pytest.mark.parametrize("ratios", [0.3, "0.3", None])
 def test_one_ratio_is_no_sweep(model, calibration, ratios):
-    with pytest.raises(ConfigError, match="expected a list of fractions"):
+    with pytest.raises(ConfigError, match="expected several fractions"):
         sweep(model, calibration, ratios)

@@ -53,6 +53,11 @@ class Budget:
         """By how much the removal may miss its target."""
         return self.config.ratio_tolerance * self.cost.total
 
+    @property
+    def bias(self) -> int:
+        """What a new bias costs; 0 where compensation adds none."""
+        return self.cost.bias if self.config.adds_constants else 0
+
     def constants(self, counts: Mapping[SubBlock, int]) -> set[SubBlock]:
         """Return the sub-blocks whose cut units leave a constant behind."""
         if not self.config.adds_constants:

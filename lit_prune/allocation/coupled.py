@@ -100,7 +100,7 @@ def coupled_search(
     Raises:
         BudgetError: If no selection was found within ``node_limit``.
     """
-    whole, bias = all_kept(budget.spec), _bias(budget)
+    whole, bias = all_kept(budget.spec), budget.bias
     options = [[*_options(budget, of_place)] for of_place in _choices(budget)]
     if bias and not budget.spec.blocks[LEADING[0]].constant_parameters:
         # with nothing before them, constants need a place of their own
@@ -177,14 +177,10 @@ def _choices(budget: Budget) -> list[list[Choice]]:
     return choices
 
 
-def _bias(budget: Budget) -> int:
-    return budget.cost.bias if budget.config.adds_constants else 0
-
-
 def _options(budget: Budget, choices: Sequence[Choice]) -> Iterator[_Option]:
     """Split choices by what they assume."""
     parts = {(index, part.kind): part for index, part in budget.spec.sub_blocks}
-    bias = _bias(budget)
+    bias = budget.bias
     for choice in choices:
         freed = sum(budget.cost.kept[p][-1] - budget.cost.kept[p][n] for p, n in choice.items())
         cut = [place for place, kept in choice.items() if 0 < kept < parts[place].num_units]
@@ -221,7 +217,7 @@ def _biased(
     event = _constants_to(budget, place)
     yield _Option(choice, freed, event, happens=False)
     if event:
-        yield _Option(choice, freed - _bias(budget), event, happens=True)
+        yield _Option(choice, freed - budget.bias, event, happens=True)
 
 
 def _constants_to(budget: Budget, place: SubBlock | None) -> tuple[tuple[SubBlock, ...], ...]:

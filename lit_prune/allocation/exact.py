@@ -56,7 +56,7 @@ class ReachableTotals:
         self._budget = budget
         self._places = [(index, part) for index, part in budget.spec.sub_blocks]
         cost = budget.cost
-        self._bias = cost.bias if budget.config.adds_constants else 0
+        self._bias = budget.bias
         first = budget.spec.blocks[LEADING[0]]
         self._start = _State(bool(self._bias) and not first.constant_parameters, False, False)
         sizes = {

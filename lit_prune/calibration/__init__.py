@@ -15,7 +15,7 @@ from lit_prune.calibration.out_of_memory import out_of_memory_in
 from lit_prune.calibration.regression import RegressionMoments
 from lit_prune.calibration.replay import Replayed, covariance_groups, replay, replay_within
 from lit_prune.calibration.residuals import measure_residuals
-from lit_prune.calibration.rows import Batch, Row, RowSet, first_tokens
+from lit_prune.calibration.rows import Batch, Row, RowSet
 from lit_prune.calibration.sensitivity import SENSITIVITIES, measure_sensitivities
 from lit_prune.calibration.split import Side
 from lit_prune.calibration.streams import TwoStreams, inputs_of, regression_of, two_streams
@@ -47,7 +47,6 @@ __all__ = [
     "collect_rows",
     "covariance_groups",
     "data_notes",
-    "first_tokens",
     "inputs_of",
     "measure_residuals",
     "measure_sensitivities",

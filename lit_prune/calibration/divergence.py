@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_prune.calibration.streams import inputs_of
 from lit_prune.decoder import IGNORED_LABEL, DecoderParts, after_head, head_of
 
 if TYPE_CHECKING:
@@ -57,9 +56,8 @@ class Divergence:
         """Return the normed states that the head is read at, ``[tokens, hidden_size]``."""
         parts = self._parts
         device = next(parts.model.parameters()).device
-        with inputs_of(parts.final_norm) as entered:
-            parts.model.base_model(**batch.model_inputs(device), use_cache=False)
-        states: Tensor = parts.final_norm(entered[0])
+        whole = parts.model.base_model(**batch.model_inputs(device), use_cache=False)
+        states: Tensor = whole.last_hidden_state
         return states[batch.read()[0].to(device)]
 
 

@@ -178,18 +178,21 @@ class RowSet:
             f"same text, so the {quality} after pruning is optimistic"
         )
 
-    def batches(self, side: Side, max_tokens: int, count: int | None = None) -> Iterator[Batch]:
+    def batches(self, side: Side, max_tokens: int, most: int | None = None) -> Iterator[Batch]:
         """Yield the rows of a side as padded batches.
 
         Args:
             side: Which rows.
             max_tokens: Most tokens of a batch, padding included; a longer row is alone in its own.
-            count: How many rows, the longest ones; None: all.
+            most: Stop before more real tokens than this have passed, but yield a row; None: all.
 
         Raises:
             CalibrationError: If the side is empty.
         """
-        rows = self.side(side)[:count]
+        rows = self.side(side)
+        if most is not None:
+            passed = accumulate(len(row.ids) for row in rows)
+            rows = rows[: max(1, sum(tokens <= most for tokens in passed))]
         if not rows:
             raise CalibrationError(
                 f"no sample on the {side} side; is the calibration loader empty?"
@@ -204,17 +207,6 @@ class RowSet:
     def num_batches(self, side: Side, max_tokens: int) -> int:
         """Return how many batches `batches` yields."""
         return sum(1 for _ in self.batches(side, max_tokens))
-
-
-def first_tokens(rows: RowSet, side: Side, most: int, batch_tokens: int) -> Iterator[Batch]:
-    """Yield the first samples of a side as `RowSet.batches` does: at most ``most`` tokens in all.
-
-    At least one sample.
-    """
-    own = rows.side(side)
-    lengths = accumulate(len(row.ids) for row in own)
-    count = max(1, sum(length <= most for length in lengths))
-    yield from rows.batches(side, batch_tokens, count)
 
 
 def _stack(rows: tuple[Row, ...], width: int) -> Batch:

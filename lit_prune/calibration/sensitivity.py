@@ -11,7 +11,6 @@ from tqdm.auto import tqdm
 
 from lit_prune.calibration.bypass import RecordedRun, Unit
 from lit_prune.calibration.divergence import compare_heads
-from lit_prune.calibration.rows import first_tokens
 from lit_prune.decoder import (
     IGNORED_LABEL,
     DecoderParts,
@@ -78,7 +77,7 @@ def measure_sensitivities(
             stays += linear.bias.detach().double()
         constants[layer, kind] = stays.to(linear.weight.dtype)
     scored = labelled = 0
-    batches = list(first_tokens(rows, "calibrate", max_tokens, batch_tokens))
+    batches = list(rows.batches("calibrate", batch_tokens, max_tokens))
     seen = sum(int(batch.attention_mask.sum()) for batch in batches)
     mine = list(ranks.share(batches))
     bar = tqdm(

@@ -69,10 +69,8 @@ def run(options: Namespace) -> None:
     source = source_of(options)
     model = (loaded := load(options.model, dtype=options.dtype, device=options.device)).model
     calibration = calibration_of(options, loaded, config, source)
-    points: list[SweepPoint] = []
-    for ratio in options.ratios:
-        say(f"planning {ratio:.1%}")
-        points += sweep(model, calibration, [ratio], measured=True, **request)
+    say("planning")
+    points = sweep(model, calibration, options.ratios, measured=True, progress=True, **request)
     dense = points[0].dense_nll
     assert dense is not None  # noqa: S101 - measured
     rows = [_row(point) for point in points]

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # What the report says of a search.
 _PROVEN = "proven: nothing within {:.2g} percentage points of the ratio is predicted to cost less"
+_SETTLED = "no combination was found that fits: met by single steps"
 _ALL_WIDTHS = "every pair of equal widths was tried with every number of blocks that go"
 
 
@@ -138,14 +139,14 @@ def decide(case: Case) -> Decision:
         ranks[place] = rank.numpy()
     ranking = Ranking(ranks, dict.fromkeys(ranks, 1))
     damage = predicted_damage(case, curves)
-    counts, search = _allocate(case, damage, ranking)
+    counts, record = _allocate(case, damage, ranking)
     searched = counts
     rounds: list[dict[str, Any]] = []
     if case.config.verify_rounds:
         counts, rounds = refine(
             case, damage, counts, ranking, lambda draft: _allocate(case, draft, ranking)[0]
         )
-    trace = _trace(case, damage, counts, search)
+    trace = _trace(case, damage, counts, record)
     if rounds:
         trace["verified"] = rounds
     if counts != searched:
@@ -162,64 +163,47 @@ def _allocate(
     if case.config.allocator == "uniform_widths":
         lists = {place: values.tolist() for place, values in damage.items()}
         return alike_choice(case.budget, lists)[0], {"tried": _ALL_WIDTHS}
-    counts = all_kept(case.spec)
-    settling = {"settled": "no combination was found that fits: met by single steps"}
-    try:
-        found = _search(case, damage)
-    except BudgetError:
-        limited = {"optimal": False, "bound": 0.0, "nodes": case.config.node_limit}
-        return settled(case.budget, counts, ranking), {**limited, **settling}
-    if found is None:
-        return settled(case.budget, counts, ranking), settling
-    facts: dict[str, Any] = {"optimal": found.optimal, "bound": found.bound, "nodes": found.nodes}
+    budget, limit, record = case.budget, case.config.node_limit, {}
+    curves = {place: curve.tolist() for place, curve in damage.items()}
+    # a model too coarse for the narrow window is given the whole tolerance
+    for slack in (case.config.search_tolerance, case.config.ratio_tolerance):
+        try:
+            found = coupled_search(
+                budget, curves, slack=slack * budget.cost.total, node_limit=limit
+            )
+        except BudgetError:
+            record = {"searches": [{"optimal": False, "bound": 0.0, "nodes": limit}]}
+            continue
+        if found is not None:
+            return found.counts, _record(found, slack, limit)
+    counts = settled(budget, all_kept(case.spec), ranking)
+    return counts, {**record, "settled": _SETTLED}
+
+
+def _record(found: Allocation, slack: float, node_limit: int) -> dict[str, Any]:
+    search: dict[str, Any] = {"optimal": found.optimal, "bound": found.bound, "nodes": found.nodes}
     if found.optimal:
-        narrow, off = case.config.search_tolerance, abs(case.budget.deficit(found.counts))
-        near = narrow if off <= narrow * case.budget.cost.total else case.config.ratio_tolerance
-        return found.counts, {**facts, "proven": _PROVEN.format(100 * near)}
-    if found.nodes < case.config.node_limit:
-        facts["why"] = "the search stopped at its limit of branches"
-    return found.counts, facts
+        return {"searches": [search], "proven": _PROVEN.format(100 * slack)}
+    if found.nodes < node_limit:
+        search["why"] = "the search stopped at its limit of branches"
+    return {"searches": [search]}
 
 
 def _trace(
     case: Case,
     damage: Mapping[SubBlock, Tensor],
     counts: Mapping[SubBlock, int],
-    search: dict[str, Any],
+    record: dict[str, Any],
 ) -> dict[str, Any]:
     whole = all_kept(case.spec)
     cost = sum(float(damage[place][whole[place] - count]) for place, count in counts.items())
-    said = ("settled", "tried", "proven")
-    facts = {name: value for name, value in search.items() if name not in said}
     return {
         "allocator": case.config.allocator,
         "sensitivity": case.config.sensitivity,
         "predicted_damage": cost,
-        "searches": [{"cost": cost, **facts}] if facts else [],
-        **{name: search[name] for name in said if name in search},
+        **record,
+        "searches": [{"cost": cost, **search} for search in record.get("searches", [])],
     }
-
-
-def _search(case: Case, damage: Mapping[SubBlock, Tensor]) -> Allocation | None:
-    """Return the best allocation; a model too coarse for the narrow window gets the tolerance.
-
-    Raises:
-        BudgetError: If none was found within the node limit.
-    """
-    budget, stopped = case.budget, None
-    curves = {place: curve.tolist() for place, curve in damage.items()}
-    for slack in (case.config.search_tolerance * budget.cost.total, budget.tolerance):
-        try:
-            limit = case.config.node_limit
-            found = coupled_search(budget, curves, slack=slack, node_limit=limit)
-        except BudgetError as error:
-            stopped = error
-            continue
-        if found is not None:
-            return found
-    if stopped is not None:
-        raise stopped
-    return None
 
 
 METHOD = Method(

@@ -1,6 +1,7 @@
 """Random decoders without a model, and the rules written out naively."""
 
 import itertools
+import random
 
 from lit_prune.allocation import Budget, parameter_cost
 from lit_prune.allocation import budget as budget_module
@@ -102,3 +103,14 @@ def num_combinations(spec, budget):
     for allowed in budget.allowed.values():
         total *= len(allowed)
     return total
+
+
+def small_case(seed, *, parallel=False):
+    """A budget whose combinations can all be tried."""
+    rng = random.Random(seed)
+    while True:
+        spec = random_decoder(rng, parallel=parallel)
+        config = random_request(rng, spec)
+        budget = plain_budget(spec, config)
+        if num_combinations(spec, budget) <= 3000:
+            return budget

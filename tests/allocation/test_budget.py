@@ -1,5 +1,3 @@
-import random
-
 import pytest
 
 from lit_prune.allocation import exact, make_budget
@@ -12,23 +10,11 @@ from tests.allocation.specs import (
     decoder,
     mlp,
     naive_counts,
-    num_combinations,
     plain_budget,
-    random_decoder,
-    random_request,
+    small_case,
 )
 
 SPEC = decoder(*[(attention(), mlp())] * 3)
-
-
-def small_case(seed, *, parallel=False):
-    rng = random.Random(seed)
-    while True:
-        spec = random_decoder(rng, parallel=parallel)
-        config = random_request(rng, spec)
-        budget = plain_budget(spec, config)
-        if num_combinations(spec, budget) <= 3000:
-            return budget
 
 
 @pytest.mark.parametrize("seed", range(80))

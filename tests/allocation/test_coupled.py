@@ -12,10 +12,9 @@ from tests.allocation.specs import (
     decoder,
     mlp,
     naive_counts,
-    num_combinations,
     plain_budget,
-    random_decoder,
     random_request,
+    small_case,
 )
 
 
@@ -46,12 +45,8 @@ def cheapest(budget, damage, slack):
 @pytest.mark.parametrize("parallel", [False, True], ids=["serial", "parallel"])
 @pytest.mark.parametrize("seed", range(150))
 def test_it_is_the_cheapest_of_all_that_fit(seed, parallel):
-    rng = random.Random(seed)
-    while True:
-        spec = random_decoder(rng, parallel=parallel)
-        budget = plain_budget(spec, random_request(rng, spec))
-        if num_combinations(spec, budget) <= 3000:
-            break
+    budget, rng = small_case(seed, parallel=parallel), random.Random(seed)
+    spec = budget.spec
     damage = random_damage(rng, spec)
     slack = rng.choice([0, 0.002, 0.01, 0.05]) * budget.cost.total
     wanted = cheapest(budget, damage, slack)
@@ -90,12 +85,8 @@ def test_a_plan_that_needs_fewer_biases_may_be_the_best():
 def test_a_limit_on_nodes_leaves_a_bound_that_is_one():
     limited = 0
     for seed in range(40):
-        rng = random.Random(seed)
-        spec = random_decoder(rng, most_layers=3)
-        budget = plain_budget(spec, random_request(rng, spec))
-        if num_combinations(spec, budget) > 3000:
-            continue
-        damage = random_damage(rng, spec)
+        budget = small_case(seed)
+        damage = random_damage(random.Random(seed), budget.spec)
         slack = 0.02 * budget.cost.total
         wanted = cheapest(budget, damage, slack)
         try:

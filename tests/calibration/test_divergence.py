@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_prune.calibration import Divergence, Row, RowSet, first_tokens
+from lit_prune.calibration import Divergence, Row, RowSet
 from lit_prune.decoder import all_kept, quiet, spec_for
 from lit_prune.methods import plan_of
 from lit_prune.sequential import sequential_compensation
@@ -59,7 +59,7 @@ def test_a_head_that_was_fitted_is_compared_with_the_dense_one(family, tie):
 @pytest.mark.parametrize(("most", "at_once"), [(1, 64), (30, 64), (100, 16), (10**6, 64)])
 def test_the_first_tokens_are_at_most_what_was_asked_and_at_least_a_sample(most, at_once):
     rows = RowSet.of(Row.of(row[: 8 + i % 5]) for i, row in enumerate(tiny_rows(60)))
-    batches = list(first_tokens(rows, "calibrate", most, at_once))
+    batches = list(rows.batches("calibrate", at_once, most))
     found = sum(int(batch.attention_mask.sum()) for batch in batches)
     lengths = [len(row.ids) for row in rows.side("calibrate")]
     assert 0 < found <= max(most, lengths[0])
