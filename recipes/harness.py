@@ -14,7 +14,7 @@ from benchmark import surroundings
 from cells import DENSE, Cell, Found
 from process_memory import Rise
 from rivals import MASKED, RIVALS
-from texts import Scored, read_texts
+from texts import Scored, digest_of, read_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from zero_shot import accuracies
 
@@ -101,6 +101,7 @@ class Harness:
         self.texts = read_texts(options, self.tokenizer)
         conditions = {
             "model": str(options.model),
+            "weights": digest_of(self.model.parameters()),
             "context": options.context,
             "calibration_rows": options.rows,
             **self.texts.describe(),

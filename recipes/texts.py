@@ -22,11 +22,20 @@ from lit_prune.calibration import Row, RowSet
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterable
 
 FEWEST_DOCUMENTS = 20
 STRETCH = 2048
 # Of a larger corpus one random stretch of each document is tokenized: 128 rows are wanted.
 MOST_CHARACTERS = 4_000_000
+
+
+def digest_of(tensors: Iterable[torch.Tensor]) -> str:
+    """Return 16 hexadecimal digits that equal values share."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,11 @@ class Scored:
 
     def describe(self) -> dict[str, Any]:
         """Say what was scored; equal descriptions are equal text."""
-        digest = hashlib.sha256()
-        for window in self.windows:
-            digest.update(window.numpy().tobytes())
         return {
             "text": self.name,
             "tokens": self.num_tokens,
             "drawn_by_bootstrap": len(set(self.owner)),
-            "digest": digest.hexdigest()[:16],
+            "digest": digest_of(self.windows),
         }
 
 
@@ -88,6 +94,7 @@ class Texts:
     def describe(self) -> dict[str, Any]:
         return {
             "calibrated_on": self.trained_on,
+            "calibration_digest": digest_of([self.blocks]),
             "scored": self.main.describe(),
             "other": self.other and self.other.describe(),
         }

@@ -10,8 +10,9 @@ same time; on one without, bf16 is far slower than float32.
 What it does: read the documents (`corpus.py`), train a byte-level BPE tokenizer on the train split,
 train a 4.8 M parameter `LlamaForCausalLM` with a plain Lightning Trainer, export. The learning rate
 follows the *clock* (warm-up, then a cosine over ``--max-minutes``), so the run ends decayed on a
-slow or shared machine too; the price is that two runs agree only roughly. ``training.json`` beside
-the weights records what really happened.
+slow or shared machine too; the price is that two runs agree only roughly. With ``--steps`` it
+follows the steps, and one thread repeats a run bit by bit on a processor of the same kind.
+``training.json`` beside the weights records what really happened.
 
 Every few minutes it writes a resumable Lightning checkpoint (``<work folder>/last.ckpt``) and
 replaces the exported directory, so that a usable model exists early. To continue, or to train for
@@ -68,10 +69,13 @@ PRE_TOKENS = r"""\r?\n[ \t]*|[^\S\r\n]*\p{N}{1,3}| ?[\p{L}_]+| ?[^\s\p{L}\p{N}_]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything a run may differ in; times in minutes of wall clock, peak learning rate."""
+    """Everything a run may differ in; times in minutes of wall clock, peak learning rate.
+
+    ``steps``, where positive, are what the schedule follows in place of ``max_minutes``.
+    """
 
     max_minutes: float = 70.0
-    warmup_minutes: float = 1.5
+    warmup_fraction: float = 0.02
     steps: int = -1
     seed: int = 20261
     batch_size: int = 2
@@ -146,7 +150,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, **shape: int) -> LlamaForCau
 
 
 class LanguageModeling(L.LightningModule):
-    """Next-token training whose learning rate is a function of the minutes trained so far."""
+    """Next-token training whose learning rate is a function of the part that is over."""
 
     def __init__(self, model: LlamaForCausalLM, recipe: Recipe) -> None:
         super().__init__()
@@ -163,13 +167,20 @@ class LanguageModeling(L.LightningModule):
         """Minutes of training so far, validation and export included."""
         return self.minutes_before + (time.monotonic() - self.started) / 60
 
-    def learning_rate(self, minutes: float) -> float:
-        """Return the rate at a time: linear warm-up, cosine to ``final_fraction`` of the peak."""
+    @property
+    def progress(self) -> float:
+        """Part of the training that is over, 0 to 1: of its steps where given, else its minutes."""
+        if self.recipe.steps > 0:
+            return min(self.global_step / self.recipe.steps, 1.0)
+        return min(self.minutes / self.recipe.max_minutes, 1.0)
+
+    def learning_rate(self, progress: float) -> float:
+        """Return the rate: linear warm-up, then a cosine to ``final_fraction`` of the peak."""
         recipe = self.recipe
-        if minutes < recipe.warmup_minutes:
-            return recipe.learning_rate * max(minutes / recipe.warmup_minutes, 0.01)
-        progress = (minutes - recipe.warmup_minutes) / (recipe.max_minutes - recipe.warmup_minutes)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        if progress < recipe.warmup_fraction:
+            return recipe.learning_rate * max(progress / recipe.warmup_fraction, 0.01)
+        decayed = (progress - recipe.warmup_fraction) / (1 - recipe.warmup_fraction)
+        cosine = 0.5 * (1 + math.cos(math.pi * decayed))
         return recipe.learning_rate * (recipe.final_fraction + (1 - recipe.final_fraction) * cosine)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -190,25 +201,25 @@ class LanguageModeling(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return the mean next-token loss of ``batch``, ``[blocks, tokens]``, in nats."""
-        if self.minutes < self.recipe.short_fraction * self.recipe.max_minutes:
+        rate = self.learning_rate(self.progress)
+        if self.progress < self.recipe.short_fraction:
             # Attention is dear on a CPU: half the context trains 1.4 times the tokens per second.
             batch = batch.view(-1, self.recipe.short_context)
         for group in self.optimizers().param_groups:
-            group["lr"] = self.learning_rate(self.minutes)
+            group["lr"] = rate
         loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         self.num_tokens += batch.numel()
         if batch_idx % 100 == 0:
-            rate = self.num_tokens / (60 * self.minutes)
+            speed = self.num_tokens / (60 * self.minutes)
             logger.info(
                 "%.1f min, step %d, epoch %d: loss %.3f, lr %.2e, %.0f tokens/s on average",
-                self.minutes, self.global_step, self.current_epoch, loss.item(),
-                self.learning_rate(self.minutes), rate,
+                self.minutes, self.global_step, self.current_epoch, loss.item(), rate, speed,
             )  # fmt: skip
         return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Stop when the time is up (an argument of the Trainer would count from its own start)."""
-        if self.minutes >= self.recipe.max_minutes:
+        """Stop when all is done (an argument of the Trainer would count from its own start)."""
+        if self.progress >= 1:
             self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -437,7 +448,6 @@ def main() -> None:
         devices=1,
         precision=recipe.precision,
         max_epochs=-1,
-        max_steps=recipe.steps,
         gradient_clip_val=1.0,
         callbacks=[exporter],
         logger=False,

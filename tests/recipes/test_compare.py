@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
@@ -136,6 +137,15 @@ def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, r
     assert json.loads((folder / "found.json").read_text())["cells"] == before
     with pytest.raises(AssertionError, match="other conditions"):
         run_recipe("compare.py", *arguments, "--rows", 8, "--methods", "flap", cwd=folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_digest_tells_values_apart_not_how_they_lie_in_memory(dtype):
+    values = torch.arange(6).reshape(2, 3).to(dtype)
+    known = texts.digest_of([values])
+    assert texts.digest_of([values.T.contiguous().T]) == known
+    assert texts.digest_of([values + 1]) != known
+    assert texts.digest_of([values, values]) != known
 
 
 def test_the_interval_is_paired():

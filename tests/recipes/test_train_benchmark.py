@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
@@ -35,17 +36,22 @@ def test_a_model_is_trained_scored_and_read_by_compare(shape, tmp_path):
     for number in range(20):
         (tmp_path / f"{number:02}.txt").write_text("\n".join(texts[number::20])[:60_000])
     out, files = tmp_path / "model", sorted(map(str, tmp_path.glob("*.txt")))
-    command = [sys.executable, RECIPES / "train_benchmark.py", shape, "--text", *files]
-    options = ["--out", out, "--max-minutes", "0.1", "--threads", "1"]
-    subprocess.run([*command, *options], check=True, capture_output=True)
+    train = [sys.executable, RECIPES / "train_benchmark.py", shape, "--text", *files]
+    train += ["--steps", "20", "--threads", "1"]
+    for folder in (out, tmp_path / "again"):
+        subprocess.run([*train, "--out", folder], check=True, capture_output=True)
     record = json.loads((out / "training.json").read_text())
     held_out = {*record["corpus"]["choose"]["files"], *record["corpus"]["score"]["files"]}
     assert held_out.isdisjoint(record["corpus"]["train"]["files"])
     assert len(held_out) == 2
-    assert record["tokens_seen"] > 0
+    assert record["steps"] == 20
+    assert record["tokens_seen"] == 20 * 2 * 512
     assert 1 < record["perplexity"]["score"] < 8192
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.num_parameters() == record["parameters"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
     assert len(AutoTokenizer.from_pretrained(out)) <= model.config.vocab_size
     command = [sys.executable, RECIPES / "compare.py", "--model", out, "--text-of", out]
     options = ["--methods", "random", "--ratios", "0.3", "--rows", "16", "--context", "64"]
