@@ -136,6 +136,8 @@ def fit_inner(
             preconditioned = precondition(residual)
             before, length = length, _dot(residual, preconditioned)
             direction = preconditioned + (length / before) * direction
+    for told in fitted:
+        told.forget()
     return None if best is None else Inner((writes.start + best).float().cpu(), steps)
 
 
@@ -154,6 +156,7 @@ def _first(writes: Writes, batches: Sequence[Told]) -> tuple[Tensor, Callable[[T
         tokens += len(run.inputs)
         inputs = run.inputs.double()
         covariance.addmm_(inputs.T, inputs)
+        told.keep(run)
         del run  # and the graph, before the next
     covariance, weights = covariance / tokens, weights / tokens
     tiny = torch.finfo(torch.float32).tiny

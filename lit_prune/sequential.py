@@ -88,7 +88,8 @@ def sequential_compensation(
     Costs as much as some thirty forwards over both sides where every step is taken, one layer at a
     time; memory: ``8 * width * (width + hidden_size)`` bytes for each side, and eight hidden states
     ``[tokens, hidden_size]`` of that text in the dtype of the model, in a temporary directory where
-    they would take more than the weights do.
+    they would take more than the weights do; on a CPU also what one MLP reads and its slopes,
+    ``[tokens, hidden_size + 2 * width]``.
 
     Args:
         model: The dense model that the plan was made for; it is left as it was.

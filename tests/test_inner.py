@@ -160,6 +160,24 @@ def test_a_few_steps_help_on_text_that_was_not_fitted(kind):
     assert place.error(found.weight) < place.error(place.start)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_slopes_of_an_mlp_are_made_once_a_round_and_not_kept_longer(family, monkeypatch):
+    place, calls = Place("mlp", family), []
+    place.parts.sub_block(0, "mlp").register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def fit(text):
+        calls.clear()
+        found = fit_inner(place.parts, place.place, place.kept, place.made, text)
+        assert not {"own", "inputs"} & {name for batch in text["calibrate"] for name in batch.shelf}
+        return found, len(calls)
+
+    found, kept_calls = place.there(fit)
+    monkeypatch.setattr(Told, "keep", lambda *_: None)
+    wanted, calls_without = place.there(fit)
+    assert torch.equal(found.weight, wanted.weight)
+    assert calls_without - kept_calls >= found.steps > 1
+
+
 def test_a_target_that_is_met_leaves_everything_as_it_is():
     place = Place("mlp")
     place.target = None
