@@ -62,7 +62,7 @@ def _json_or_text(text: str) -> Any:
 
 
 def score(model: PreTrainedModel, text: Scored) -> tuple[list[float], list[int]]:
-    """Return summed NLL (nats) and scored tokens of each document (or stretch of one)."""
+    """Return summed NLL (nats, to four decimals) and scored tokens of each document or stretch."""
     documents: dict[int, dict[int, list[torch.Tensor]]] = {}
     for owner, window in zip(text.owner, text.windows, strict=True):
         documents.setdefault(owner, {}).setdefault(len(window), []).append(window)
@@ -75,7 +75,7 @@ def score(model: PreTrainedModel, text: Scored) -> tuple[list[float], list[int]]
             for start in range(0, len(windows), 8)
         ]
         results.append(perplexity_of(model, batches))
-    return [r.mean_nll * r.num_tokens for r in results], [r.num_tokens for r in results]
+    return [round(r.mean_nll * r.num_tokens, 4) for r in results], [r.num_tokens for r in results]
 
 
 @dataclass(frozen=True)
