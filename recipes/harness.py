@@ -14,7 +14,7 @@ from benchmark import surroundings
 from cells import DENSE, Cell, Found
 from process_memory import Rise
 from rivals import MASKED, RIVALS
-from texts import Scored, digest_of, read_texts
+from texts import Scored, read_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from zero_shot import accuracies
 
@@ -28,6 +28,7 @@ from lit_prune.measuring import calibrate, needed_bypasses
 from lit_prune.methods import preset
 from lit_prune.metrics import footprint_of, measure_latency, perplexity_of
 from lit_prune.planning import compensated, make_plan
+from lit_prune.surgery import weights_digest
 
 if TYPE_CHECKING:
     import argparse
@@ -101,7 +102,7 @@ class Harness:
         self.texts = read_texts(options, self.tokenizer)
         conditions = {
             "model": str(options.model),
-            "weights": digest_of(self.model.parameters()),
+            "weights": weights_digest(self.model),
             "context": options.context,
             "calibration_rows": options.rows,
             **self.texts.describe(),

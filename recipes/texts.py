@@ -30,11 +30,11 @@ STRETCH = 2048
 MOST_CHARACTERS = 4_000_000
 
 
-def digest_of(tensors: Iterable[torch.Tensor]) -> str:
-    """Return 16 hexadecimal digits that equal values share."""
+def digest_of(windows: Iterable[torch.Tensor]) -> str:
+    """Return 16 hexadecimal digits that equal token ids share."""
     digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for window in windows:
+        digest.update(window.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
@@ -19,6 +20,8 @@ import harness as harness_module
 import tables
 import texts
 from harness import Harness, parse_method
+
+from lit_prune.surgery import weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["flap", "shortgpt", "flap:allocator=uniform,compensation=least_squares"]
@@ -139,13 +142,16 @@ def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, r
         run_recipe("compare.py", *arguments, "--rows", 8, "--methods", "flap", cwd=folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
-def test_a_digest_tells_values_apart_not_how_they_lie_in_memory(dtype):
-    values = torch.arange(6).reshape(2, 3).to(dtype)
-    known = texts.digest_of([values])
-    assert texts.digest_of([values.T.contiguous().T]) == known
-    assert texts.digest_of([values + 1]) != known
-    assert texts.digest_of([values, values]) != known
+def test_cells_know_the_weights_and_the_text_that_they_are_of(ran, tiny_checkpoint):
+    conditions = json.loads((ran[0] / "found.json").read_text())["conditions"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    assert conditions["weights"] == weights_digest(model)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    assert conditions["weights"] != weights_digest(model)
+    window = torch.arange(6)
+    assert texts.digest_of([window]) != texts.digest_of([window + 1])
+    assert conditions["calibration_digest"] != conditions["scored"]["digest"]
 
 
 def test_the_interval_is_paired():
