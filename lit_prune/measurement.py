@@ -227,7 +227,8 @@ def conditions(before: Measurement, after: Measurement | None) -> dict[str, Any]
         words.append(
             f"latency: {one.device}, {one.dtype}, batch {sizes}, {work}, median of "
             f"{one.repetitions} after {one.warmup} warm-up runs; spreads are interquartile ranges "
-            "and what threads waited for processors that other work held"
+            "and what threads waited for processors that other work held; so counts the "
+            "difference in time of a fixed piece of work, timed beside"
         )
         whole["latency"] = [{"before": asdict(latency)} for latency in before.latencies]
     if before.latencies and after is not None:

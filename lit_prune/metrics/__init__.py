@@ -1,9 +1,10 @@
 """What people read: perplexity or accuracy, latency, footprint."""
 
 from lit_prune.metrics.classification import ClassificationResult, classification_of
+from lit_prune.metrics.device import device_words
 from lit_prune.metrics.footprint import Footprint, FootprintResult, footprint_of
 from lit_prune.metrics.gain import Gain, gain_words, gains
-from lit_prune.metrics.latency import Latency, LatencyResult, device_words, measure_latency
+from lit_prune.metrics.latency import Latency, LatencyResult, measure_latency
 from lit_prune.metrics.peak import PeakMemory, measure_peak
 from lit_prune.metrics.perplexity import Perplexity, PerplexityResult, perplexity_of
 from lit_prune.metrics.quality import Quality, quality_of

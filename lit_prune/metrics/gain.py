@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lit_prune.metrics.speedup import compare
+from lit_prune.metrics.speedup import compare, drift
 from lit_prune.metrics.waiting import BUSY
 
 if TYPE_CHECKING:
@@ -134,10 +134,16 @@ def gains(
 
 
 def _load(one: LatencyResult, other: LatencyResult) -> str:
-    """Say that the machine did other work during a measurement, where it did."""
+    """Say that the machine did other work during a measurement, or changed between, where so."""
     before, after = (result.waited or 0.0 for result in (one, other))
     if max(before, after) < BUSY:
-        return ""
+        if drift(one, other) < BUSY:
+            return ""
+        return (
+            f"A fixed piece of work took {1e3 * (one.yardstick_seconds or 0):.2f} ms before and "
+            f"{1e3 * (other.yardstick_seconds or 0):.2f} ms after: the machine itself got "
+            "slower or faster. Measure again on one that does nothing else"
+        )
     return (
         f"Threads waited for processors that other work held, {before:.0%} of the time before and "
         f"{after:.0%} after (all threads together): measure again on a machine that does nothing "

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from lit_prune.decoder import logits_of, task_of
 from lit_prune.errors import ConfigError
+from lit_prune.metrics.device import device_words, synchronize
 from lit_prune.metrics.exact import ExactMetric
 from lit_prune.metrics.waiting import Waiting
+from lit_prune.metrics.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +48,8 @@ class LatencyResult:
         waited: How long threads of this process waited, while this was measured, for processors
             that other work held, as a share of that time; all threads added up, so it may exceed
             1. None where the system does not say.
+        yardstick_seconds: Median time of a fixed piece of work on this device, before and after the
+            runs: two latencies can be compared as far as it agrees. None where it was not timed.
     """
 
     device: str
@@ -60,6 +64,7 @@ class LatencyResult:
     decode_seconds_per_token: float | None = None
     decode_spread: float | None = None
     waited: float | None = None
+    yardstick_seconds: float | None = None
 
     @property
     def whole_seconds(self) -> float:
@@ -194,6 +199,8 @@ def measure_latency(
     parameter = next(model.parameters())
     prompt_ids = prompt_ids.to(parameter.device)
     metric = Latency(sync_on_compute=False)
+    yardstick = Yardstick(parameter.device)
+    yardstick.run()
     for _ in range(warmup):
         _time_once(model, prompt_ids, new_tokens, clock)
     waiting = Waiting()
@@ -201,6 +208,7 @@ def measure_latency(
         prefill_seconds, decode_seconds = _time_once(model, prompt_ids, new_tokens, clock)
         metric.update(prefill_seconds, decode_seconds / new_tokens if decodes else None)
     waited = waiting.share()
+    yardstick.run()
     return LatencyResult(
         device=device_words(parameter.device),
         dtype=str(parameter.dtype).removeprefix("torch."),
@@ -210,6 +218,7 @@ def measure_latency(
         warmup=warmup,
         repetitions=repetitions,
         waited=waited,
+        yardstick_seconds=yardstick.seconds(),
         **{name: float(value) for name, value in metric.compute().items()},
     )
 
@@ -279,18 +288,3 @@ def _refuse_standing_clock(*times: float) -> None:
             f"the clock advanced no time over a forward {times}; expected one that is finer than "
             "that, time.perf_counter for instance."
         )
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def device_words(device: torch.device) -> str:
-    """Return the device with the GPU's name or the number of CPU threads."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

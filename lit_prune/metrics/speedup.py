@@ -21,8 +21,9 @@ class Speedup:
         phase: ``"prefill"`` or ``"decode"``.
         ratio: Above 1 is faster.
         spread: How far ``ratio`` may lie from 1 by noise and other load alone: the interquartile
-            ranges of both measurements, and what their threads waited for processors, added, as a
-            fraction of the time after.
+            ranges of both measurements, as a fraction of the time after, and the larger of what
+            their threads waited for processors and of how much a fixed piece of work changed in
+            time.
     """
 
     phase: str
@@ -88,7 +89,8 @@ def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:
     """Compare two latencies; inside the spread no speed-up is claimed.
 
     Load that was there in one measurement and not in the other lies outside the range of either:
-    what threads waited for processors counts as spread, too.
+    what threads waited for processors counts as spread, too, or how much the time of a fixed piece
+    of work differs between the two.
 
     Args:
         before: Latency of the dense model.
@@ -121,31 +123,35 @@ def compare(before: LatencyResult, after: LatencyResult) -> LatencyComparison:
                 f"latencies with different {name} cannot be compared: {one!r} before, {other!r} "
                 "after. Measure both on the same device, dtype and prompts."
             )
-    decode = None
-    if before.decode_seconds_per_token is not None and after.decode_seconds_per_token is not None:
-        decode = Speedup(
-            phase="decode",
-            ratio=before.decode_seconds_per_token / after.decode_seconds_per_token,
-            spread=(_unsure(before, "decode") + _unsure(after, "decode"))
-            / after.decode_seconds_per_token,
-        )
+    decodes = before.decode_seconds_per_token is not None
     return LatencyComparison(
-        prefill=Speedup(
-            phase="prefill",
-            ratio=before.prefill_seconds / after.prefill_seconds,
-            spread=(_unsure(before, "prefill") + _unsure(after, "prefill")) / after.prefill_seconds,
-        ),
-        decode=decode,
+        prefill=_speedup("prefill", before, after),
+        decode=_speedup("decode", before, after) if decodes else None,
         batch_size=before.batch_size,
     )
 
 
-def _unsure(one: LatencyResult, phase: str) -> float:
-    """Return the seconds of a phase that may be noise or other load."""
-    seconds, spread = (
-        (one.prefill_seconds, one.prefill_spread)
+def _speedup(phase: str, before: LatencyResult, after: LatencyResult) -> Speedup:
+    (one, one_spread), (other, other_spread) = (
+        (result.prefill_seconds, result.prefill_spread)
         if phase == "prefill"
-        else (one.decode_seconds_per_token or 0.0, one.decode_spread or 0.0)
+        else (result.decode_seconds_per_token or 0.0, result.decode_spread or 0.0)
+        for result in (before, after)
     )
-    # other load that lasts shifts every repetition: no range over them shows it
-    return spread + (one.waited or 0.0) * seconds
+    # Other load that lasts shifts every repetition: no range over them shows it. Threads that wait
+    # see a part of it, a fixed piece of work all of it, with noise of its own: the larger counts.
+    waited = ((before.waited or 0.0) * one + (after.waited or 0.0) * other) / other
+    return Speedup(
+        phase=phase,
+        ratio=one / other,
+        spread=(one_spread + other_spread) / other + max(waited, drift(before, after)),
+    )
+
+
+def drift(before: LatencyResult, after: LatencyResult) -> float:
+    """Return how far from 1 the ratio of an unchanged model would lie, by the fixed piece of work.
+
+    0 where it was not timed both times.
+    """
+    one, other = before.yardstick_seconds, after.yardstick_seconds
+    return abs(one / other - 1) if one and other else 0.0

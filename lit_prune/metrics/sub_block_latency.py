@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_prune.decoder import DecoderParts, SubBlock, call_of, quiet, spec_for
 from lit_prune.decoder.projections import kept_lines, stores_transposed
 from lit_prune.errors import ConfigError
-from lit_prune.metrics.latency import device_words, synchronize
+from lit_prune.metrics.device import device_words, synchronize
 from lit_prune.metrics.waiting import Waiting
 
 if TYPE_CHECKING:

@@ -64,6 +64,12 @@ def test_a_machine_that_did_other_work_is_the_reason():
     assert "0% of the time before and 150% after" in found.prefill_reason
     idle = gain(waited=0.02)  # as threads wait on an idle machine, too
     assert "Threads waited" not in idle.decode_reason
+    changed = gain(
+        before=latency(yardstick_seconds=0.002), prefill_seconds=1.3, yardstick_seconds=0.003
+    )
+    assert changed.prefill_reason.startswith(
+        "A fixed piece of work took 2.00 ms before and 3.00 ms after: the machine itself got slower"
+    )
     plain = gain(prefill_seconds=0.5, decode_seconds_per_token=0.05, waited=0.1)
     assert plain.comparison.claim
     assert "Threads waited" not in plain.prefill_reason

@@ -11,6 +11,7 @@ import torch
 
 from lit_prune.errors import ConfigError
 from lit_prune.metrics import Latency, compare, measure_latency
+from lit_prune.metrics.yardstick import Yardstick
 from tests.measured import latency
 from tests.models import tiny_model
 
@@ -147,6 +148,39 @@ def test_what_threads_waited_counts_as_spread():
     assert not compare(result(prefill_seconds=4.0, waited=0.9), alone).claim
     unknown = compare(result(waited=None), result(waited=None))
     assert unknown.prefill.spread == pytest.approx(0.06)
+
+
+def test_a_machine_that_changed_counts_as_spread():
+    # the very products that a yardstick times took twice as long: so may an unchanged model
+    before = result(yardstick_seconds=0.004)
+    slower = compare(before, result(prefill_seconds=2.0, yardstick_seconds=0.008))
+    assert (slower.prefill.ratio, slower.prefill.measurable) == (0.5, False)
+    assert slower.prefill.spread == pytest.approx((0.03 + 0.03) / 2 + 0.5)
+    assert slower.decode.spread == pytest.approx((0.002 + 0.002) / 0.1 + 0.5)
+    # a machine that got twice as fast makes no model faster
+    assert not compare(before, result(prefill_seconds=0.5, yardstick_seconds=0.002)).claim
+    assert compare(before, result(prefill_seconds=0.5, yardstick_seconds=0.004)).claim
+    # threads that waited are one more sight of the same load: not counted twice
+    both = compare(before, result(prefill_seconds=2.0, yardstick_seconds=0.008, waited=0.4))
+    assert both.prefill.spread == slower.prefill.spread
+    # a measurement of an earlier version knows of none
+    assert compare(result(), before).prefill.spread == pytest.approx(0.06)
+
+
+def test_the_yardstick_is_timed_before_and_after_by_the_clock_on_the_wall(monkeypatch):
+    times = iter([0.0, 9.0])  # the first run, which touches memory
+    monkeypatch.setattr("lit_prune.metrics.yardstick.time.perf_counter", lambda: next(times))
+    yardstick = Yardstick(torch.device("cpu"))
+    for seconds in (1.0, 4.0):  # ten runs each
+        times = itertools.chain.from_iterable((0.0, seconds) for _ in range(10))
+        yardstick.run()
+    assert yardstick.seconds() == 2.5
+    monkeypatch.undo()
+    clock = script(*[(1, 8)] * 3)
+    found = measure_latency(
+        tiny_model(), PROMPT, new_tokens=8, warmup=0, repetitions=3, clock=clock
+    )
+    assert 0 < found.yardstick_seconds < 100
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how long threads waited")

@@ -54,7 +54,8 @@ def latency(times: list[Timed]) -> Element:
         f"On {first.device}, {first.dtype}; prompts of {first.prompt_tokens} tokens, {new}; "
         f"median of {first.repetitions} runs after {first.warmup} thrown away; ± is the "
         "interquartile range. A speed-up is claimed only where it lies outside the spread of both "
-        "measurements together, and what their threads waited for processors that other work held."
+        "measurements together, what their threads waited for processors that other work held, and "
+        "how much a fixed piece of work changed in time between them."
     )
     header = ["Phase", "Before", "After", "Speed-up", "Verdict"]
     shown = table(
