@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -131,7 +131,9 @@ class Writes:
         if run.own is None:
             of_rows = self._slopes(run, of_columns)
         else:
-            of_rows = run.own * of_columns.index_select(1, self._own)
+            of_rows = torch.empty_like(run.own)
+            for own, of_own in zip(self._by_unit(run.own), self._by_unit(of_rows), strict=True):
+                torch.mul(own, of_columns.unsqueeze(2), out=of_own)
         inputs = run.inputs
         if inputs.dtype is torch.float16:  # a sum over tokens is beyond its largest
             of_rows, inputs = of_rows.float(), inputs.float()
@@ -148,9 +150,17 @@ class Writes:
             return run, self.written(run)
         run = told.kept() or self(told, self.start, sloped=True)
         assert run.own is not None  # noqa: S101 - for the type checker
-        moves = (run.own * (run.inputs @ direction.to(run.inputs).T)).split(self._sizes, 1)
-        columns = torch.stack([part.unflatten(1, (self._units, -1)).sum(2) for part in moves])
-        return run, nn.functional.linear(columns.sum(0), self._written)
+        moves = (run.inputs @ direction.to(run.inputs).T).mul_(run.own)
+        of_each = (
+            # a sum of one is slow
+            part.squeeze(2) if part.shape[2] == 1 else part.sum(2)
+            for part in self._by_unit(moves)
+        )
+        return run, nn.functional.linear(reduce(torch.add, of_each), self._written)
+
+    def _by_unit(self, rows: Tensor) -> list[Tensor]:
+        """Return views by projection: ``[tokens, units, rows of a unit]``."""
+        return [part.unflatten(1, (self._units, -1)) for part in rows.split(self._sizes, 1)]
 
     def weigh(self, run: Run) -> Tensor:
         """Return how much each row weighs in what is written, squared: a sum over tokens.
