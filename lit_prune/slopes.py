@@ -61,7 +61,7 @@ class Writes:
 
     def wanted(self, batch: TwoStreams) -> Tensor:
         """Return what its output projection should make, but for constants, ``[tokens, …]``."""
-        wanted = batch.enters(self.parts, self.place)[1][batch.mask]
+        wanted = batch.wanted(self.parts, self.place)[batch.mask]
         bias = self._output.bias
         wanted = wanted if bias is None else wanted - bias.detach()
         return wanted if self._constant is None else wanted - self._constant.to(wanted)

@@ -111,27 +111,40 @@ class TwoStreams:
 
     def enters(self, parts: DecoderParts, place: SubBlock) -> tuple[Tensor, Tensor]:
         """Return what the output projection of a sub-block gets in the pruned model, and what it
-        should make of it: what takes the stream to where the dense model's is behind the layer's
-        sub-block. Where a norm follows, that is not linear in it: what the dense one makes. Where
-        attention and MLP are added together, there is no stream between them: what it makes now,
-        and what the whole layer then lacks.
+        should make of it.
 
         It is run as it is now: hooks of the caller count.
         """  # noqa: D205 - one sentence
-        layer, kind = place
         module = parts.output(*place).module
-        if parts.family.parallel and kind not in _watched(parts):
-            with inputs_of(module) as inputs, _outputs_of(module) as outputs:
-                behind = self._run(parts, layer, self.shelf["pruned"])
-            lacks = (self.shelf["dense"] - behind) / parts.residual_scale
-            return by_token(inputs[0], self.mask), by_token(outputs[0], self.mask) + lacks
+        if self._shares_its_goal(parts, place):
+            with inputs_of(module) as inputs:
+                wanted = self.wanted(parts, place)
+            return by_token(inputs[0], self.mask), wanted
         with inputs_of(module, last=True) as inputs:
             self.calls[place]()
-        entered = by_token(inputs[0], self.mask)
+        return by_token(inputs[0], self.mask), self.wanted(parts, place)
+
+    def wanted(self, parts: DecoderParts, place: SubBlock) -> Tensor:
+        """Return what the output projection of a sub-block should make.
+
+        What takes the stream to where the dense model's is behind the layer's sub-block. Where a
+        norm follows, that is not linear in it: what the dense one makes. Where attention and MLP
+        are added together, there is no stream between them: what it makes now, and what the whole
+        layer then lacks.
+        """
+        layer, kind = place
         if kind in _watched(parts):
-            return entered, self.shelf[kind]
+            return self.shelf[kind]
+        if self._shares_its_goal(parts, place):
+            with _outputs_of(parts.output(*place).module) as outputs:
+                behind = self._run(parts, layer, self.shelf["pruned"])
+            lacks = (self.shelf["dense"] - behind) / parts.residual_scale
+            return by_token(outputs[0], self.mask) + lacks
         goal = self.shelf["dense" if kind == "mlp" else "middle"]
-        return entered, (goal - self.shelf["stream"]) / parts.residual_scale
+        return (goal - self.shelf["stream"]) / parts.residual_scale
+
+    def _shares_its_goal(self, parts: DecoderParts, place: SubBlock) -> bool:
+        return parts.family.parallel and place[1] not in _watched(parts)
 
     def _put(self, name: str, value: object, size: int) -> Callable[[], object]:
         """Keep a hidden state on the shelf; anything else is small, or shared by batches."""
