@@ -87,6 +87,21 @@ class Found:
         beside.write_text(json.dumps(asdict(self) | {"summary": summary}) + "\n")
         beside.replace(path)
 
+    def take(self, path: Path) -> None:
+        """Take over the cells of another run of the same comparison; what is here already stays.
+
+        Raises:
+            SystemExit: If those are of other conditions.
+        """
+        other = Found.read(path)
+        if other.conditions != self.conditions:
+            raise SystemExit(
+                f"{path} holds cells of other conditions:\n{other.conditions}\n"
+                f"asked for:\n{self.conditions}\nChoose other files, or another --out."
+            )
+        self.cells = other.cells | self.cells
+        self.moved = other.moved | self.moved
+
     @property
     def first(self) -> str:
         """The method that the others are compared with."""

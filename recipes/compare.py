@@ -7,6 +7,7 @@ Run, offline, on the shipped model (about half an hour for the defaults on one C
     python recipes/compare.py --model my-model --train books/a*.txt --test books/b*.txt
     python recipes/compare.py --model runs/novels-deep --text-of runs/novels-deep
     python recipes/compare.py --table-only --out runs/compare.json
+    python recipes/compare.py --also runs/one.json runs/other.json --out runs/compare.json
 
 Text: by default the sources of Python's standard library, calibrated on training text, scored on
 packages that the shipped model never saw and, as other text, on Python's help topics; or your own
@@ -21,7 +22,8 @@ What is reported: perplexity on both texts; whether a method differs from the fi
 parameters, FLOPs, KV-cache bytes, latency beside the dense model's, memory of a forward; seconds of
 pruning, and how far the memory of this process rose meanwhile. Every cell is stored in ``--out``
 when it is done, so that an interrupted run goes on where it was; from the same file come the
-tables, a CSV and a figure.
+tables, a CSV and a figure. Several processes share the work by ``--methods`` or ``--ratios``, each
+with an ``--out`` of its own, and a last run takes their cells over by ``--also``.
 
 Methods that remove whole blocks reach few ratios: one that cannot reach a ratio within half a
 percentage point is run at the nearest that it reaches (``@19.6%`` in the table), and the first
@@ -103,6 +105,9 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
     parser.add_argument(CPU_TIME, action="store_true", help="latency on busy machines, one thread")
     parser.add_argument("--table-only", action="store_true", help="show --out, run nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / out)
+    parser.add_argument(
+        "--also", type=Path, nargs="+", default=[], help="take over the cells of these other --out"
+    )
     options = parser.parse_args()
     options.context = options.context or (2048 if options.data else 512)
     options.score_tokens = options.score_tokens or (10**12 if options.data else 60_000)

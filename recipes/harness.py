@@ -116,15 +116,10 @@ class Harness:
             conditions["questions_of_each"] = options.limit or "all"
         asked = {name: getattr(options, name) for name in ("methods", "ratios", "seeds")}
         self.found = Found(conditions, asked)
-        if options.out.exists():
-            self.found = Found.read(options.out)
-            if self.found.conditions != conditions:
-                raise SystemExit(
-                    f"{options.out} holds cells of other conditions:\n{self.found.conditions}\n"
-                    f"asked for:\n{conditions}\nChoose another --out."
-                )
-        self.found.asked = asked
         self.found.surroundings = surroundings()
+        before = [options.out] if options.out.exists() else []
+        for path in (*before, *options.also):
+            self.found.take(path)
         for method in options.methods:
             for ratio in options.ratios:
                 if (reached := self.reachable(method, ratio)) != ratio:

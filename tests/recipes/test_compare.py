@@ -19,6 +19,7 @@ import compare
 import harness as harness_module
 import tables
 import texts
+from cells import Found
 from harness import Harness, parse_method
 
 from lit_prune.surgery import weights_digest
@@ -140,6 +141,22 @@ def test_a_finished_run_is_not_run_again_and_other_conditions_are_refused(ran, r
     assert json.loads((folder / "found.json").read_text())["cells"] == before
     with pytest.raises(AssertionError, match="other conditions"):
         run_recipe("compare.py", *arguments, "--rows", 8, "--methods", "flap", cwd=folder)
+    elsewhere = (*arguments[:-1], folder / "elsewhere.json", "--also", folder / "found.json")
+    stdout = run_recipe("compare.py", *elsewhere, "--methods", *METHODS, cwd=folder)
+    assert "seed 0:" not in stdout
+    assert json.loads((folder / "elsewhere.json").read_text())["cells"] == before
+
+
+def test_cells_of_another_run_are_taken_over_unless_they_are_of_other_conditions(tmp_path):
+    one, other = ({"flap|0.3|0": {"nll": [1.0]}}, {"flap|0.3|0": {"nll": [2.0]}, "owl|0.3|0": {}})
+    Found({"model": "m"}, {}, {"sleb|0.3": 0.25}, other).store(tmp_path / "other.json")
+    found = Found({"model": "m"}, {"methods": ["flap"]}, {}, one)
+    found.take(tmp_path / "other.json")
+    assert found.cells == {**other, **one}  # what is here already stays
+    assert found.moved == {"sleb|0.3": 0.25}
+    assert found.asked == {"methods": ["flap"]}
+    with pytest.raises(SystemExit, match="other conditions"):
+        Found({"model": "n"}, {}).take(tmp_path / "other.json")
 
 
 def test_cells_know_the_weights_and_the_text_that_they_are_of(ran, tiny_checkpoint):
