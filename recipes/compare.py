@@ -109,6 +109,8 @@ def parse_arguments(words: str, methods: list[str], split: str, out: str) -> arg
         "--also", type=Path, nargs="+", default=[], help="take over the cells of these other --out"
     )
     options = parser.parse_args()
+    if options.also and options.table_only:
+        parser.error("--table-only shows --out as it is: leave it out to take over cells by --also")
     options.context = options.context or (2048 if options.data else 512)
     options.score_tokens = options.score_tokens or (10**12 if options.data else 60_000)
     options.tasks = TASKS if options.tasks == [] else options.tasks

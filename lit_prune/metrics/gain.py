@@ -136,19 +136,19 @@ def gains(
 def _load(one: LatencyResult, other: LatencyResult) -> str:
     """Say that the machine did other work during a measurement, or changed between, where so."""
     before, after = (result.waited or 0.0 for result in (one, other))
-    if max(before, after) < BUSY:
-        if drift(one, other) < BUSY:
-            return ""
+    if max(before, after) >= BUSY:
         return (
-            f"A fixed piece of work took {1e3 * (one.yardstick_seconds or 0):.2f} ms before and "
-            f"{1e3 * (other.yardstick_seconds or 0):.2f} ms after: the machine itself got "
-            "slower or faster. Measure again on one that does nothing else"
+            f"Threads waited for processors that other work held, {before:.0%} of the time before "
+            f"and {after:.0%} after (all threads together): measure again on a machine that does "
+            "nothing else"
         )
-    return (
-        f"Threads waited for processors that other work held, {before:.0%} of the time before and "
-        f"{after:.0%} after (all threads together): measure again on a machine that does nothing "
-        "else"
-    )
+    changed = drift(one, other)
+    if changed >= BUSY:
+        return (
+            f"The time of a fixed piece of work beside both changed by {changed:.0%}: the machine "
+            "itself got slower or faster. Measure again on one that does nothing else"
+        )
+    return ""
 
 
 def _decode(
