@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +102,7 @@ class Harness:
         self.model.to(options.device).eval()
         self.texts = read_texts(options, self.tokenizer)
         conditions = {
-            "model": str(options.model),
+            "model": Path(options.model).name,  # where it lies is no condition
             "weights": weights_digest(self.model),
             "context": options.context,
             "calibration_rows": options.rows,
