@@ -27,7 +27,8 @@ def test_there_are_results():
 def test_tables_of_the_readme_are_those_of_the_stored_cells(path):
     found = Found.read(path)
     assert tables.table(found) in README
-    of_other_text = rows(tables.table(found, "other_"))
-    shown = [line for line in of_other_text.values() if line in README]
-    assert of_other_text[f"| `{found.first}`"] in shown
-    assert len(shown) > 5
+    if found.dense["other_nll"]:
+        of_other_text = rows(tables.table(found, "other_"))
+        shown = [line for line in of_other_text.values() if line in README]
+        assert of_other_text[f"| `{found.first}`"] in shown
+        assert len(shown) > 5
