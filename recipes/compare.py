@@ -1,6 +1,6 @@
 """Every method under one harness: same model, same text, same budget, same scoring.
 
-Run, offline, on the shipped model (about half an hour for the defaults on one CPU core)::
+Run, offline, on the shipped model (two to three hours for the defaults on one CPU core)::
 
     OMP_NUM_THREADS=1 python recipes/compare.py --out runs/compare.json
     python recipes/compare.py --methods conditional flap --ratios 0.3 --out runs/quick.json

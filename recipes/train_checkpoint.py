@@ -210,7 +210,7 @@ class LanguageModeling(L.LightningModule):
             group["lr"] = rate
         loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         self.num_tokens += batch.numel()
-        if batch_idx % 100 == 0:
+        if batch_idx == 10 or batch_idx % 100 == 0:  # the first tells nothing about the speed
             speed = self.num_tokens / (60 * self.minutes)
             logger.info(
                 "%.1f min, step %d, epoch %d: loss %.3f, lr %.2e, %.0f tokens/s on average",
