@@ -161,7 +161,7 @@ class PruningConfig:
             memory of the CPU.
         replay_batch_tokens: Tokens of one replayed forward: lower it when memory is short.
         search_tokens: Tokens on which sensitivities are measured, and drafts of methods that search
-            by real losses, at most.
+            by real losses, at most; what each layer returns for them is kept in memory meanwhile.
         latency_prompt_tokens: Prompt of the latency measurement; 0 skips it.
         latency_new_tokens: Tokens decoded in it.
         latency_batch_size: Prompts decoded at once; what ``budget`` ``latency`` is of.

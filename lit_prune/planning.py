@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from lit_prune.allocation import cost_of, make_budget
 from lit_prune.calibration import Divergence, out_of_memory_in
-from lit_prune.decoder import SubBlock, quiet, spec_for
+from lit_prune.decoder import DecoderParts, SubBlock, quiet, spec_for
 from lit_prune.latency_table import table_words
 from lit_prune.measuring import refuse_unfit
 from lit_prune.methods import (
@@ -29,6 +29,7 @@ from lit_prune.plan import PruningPlan
 from lit_prune.sequential import sequential_compensation
 from lit_prune.surgery import (
     Compensation,
+    Resumed,
     least_squares_compensation,
     masked,
     mean_compensation,
@@ -136,12 +137,20 @@ def make_plan(
         if (known := memory.get((plan.digest, side))) is not None:
             return known
         with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
-            # hundreds of drafts are judged on the calibrate side
-            most = config.search_tokens if side == "calibrate" else None
-            batches = calibration.rows.batches(side, config.replay_batch_tokens, most)
-            found = quality_of(model, batches).mean_nll
+            if side == "calibrate":
+                found = searched().of(plan, partial(quality_of, model)).mean_nll
+            else:
+                batches = calibration.rows.batches(side, config.replay_batch_tokens)
+                found = quality_of(model, batches).mean_nll
         memory[plan.digest, side] = found
         return found
+
+    @cache
+    def searched() -> Resumed:
+        # hundreds of drafts: on a part of the text, of which the layers' outputs can be kept
+        size, most = config.replay_batch_tokens, config.search_tokens
+        batches = calibration.rows.batches("calibrate", size, most)
+        return Resumed(DecoderParts(model).layers, batches)
 
     @cache
     def dense() -> Divergence:

@@ -16,6 +16,7 @@ from lit_prune.surgery.least_squares import (
     least_squares_compensation,
 )
 from lit_prune.surgery.mask import Instead, masked
+from lit_prune.surgery.resume import Resumed
 from lit_prune.surgery.slicing import stage
 from lit_prune.surgery.structure import take_structure
 
@@ -24,6 +25,7 @@ __all__ = [
     "Compensation",
     "Instead",
     "Replaced",
+    "Resumed",
     "StagedEdits",
     "applied",
     "apply_plan",

@@ -1,8 +1,14 @@
 import pytest
 
+from lit_prune import planning
+from lit_prune.calibration import Row, RowSet
+from lit_prune.config import PruningConfig
 from lit_prune.decoder import all_kept
+from lit_prune.measuring import calibrate
 from lit_prune.methods.multipruner import decide, score
+from lit_prune.planning import make_plan
 from tests.methods.cases import KV_HEADS, case_of, check_ratio, model_of, plan
+from tests.models import tiny_rows
 
 NAME = "multipruner"
 
@@ -104,3 +110,26 @@ def test_protected_layers_and_nothing_asked():
     found = check_ratio(NAME, 2, 0.25, protected_layers=(3,))
     assert len(found.layers[3].channels) == 96
     assert all(len(layer.channels) == 96 for layer in plan(NAME, 2, 0.0).layers)
+
+
+class Whole:
+    """Every draft run from its first layer."""
+
+    def __init__(self, _layers, batches):
+        self.batches = list(batches)
+
+    def of(self, _plan, measure):
+        return measure(self.batches)
+
+
+@pytest.mark.parametrize("compensation", ["none", "mean", "least_squares"])
+def test_losses_are_those_of_whole_forwards(monkeypatch, compensation):
+    config = PruningConfig(pruning_ratio=0.4, preset=NAME, compensation=compensation)
+    rows = RowSet.of(map(Row.of, tiny_rows(40, uneven=True)))
+    calibration = calibrate(model_of(2), rows, config, progress=False)
+    resumed = make_plan(model_of(2), calibration, config).plan
+    monkeypatch.setattr(planning, "Resumed", Whole)
+    whole = make_plan(model_of(2), calibration, config).plan
+    assert len(whole.provenance["method"]["steps"]) > 3
+    assert resumed.provenance["method"] == whole.provenance["method"]
+    assert resumed == whole
