@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lit_prune.surgery.mask import Instead
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import nn
 
     from lit_prune.plan import LayerPlan, PruningPlan
 
-Batch = TypeVar("Batch")
 Found = TypeVar("Found")
 
 
@@ -48,7 +47,7 @@ class Resumed:
         1
     """
 
-    def __init__(self, layers: Sequence[nn.Module], batches: Iterable[Batch]) -> None:
+    def __init__(self, layers: nn.ModuleList, batches: Iterable[Any]) -> None:
         self.resumed_at = 0
         self._layers, self._batches = layers, list(batches)
         self._last: tuple[LayerPlan, ...] = ()
