@@ -23,7 +23,8 @@ class Resumed:
 
     A search tries one change after the other, layer by layer: what a draft shares with the one
     before, from the embeddings on, is known, and on average half of the layers need not run. The
-    result is the same to the bit: what a layer returned is given out again.
+    result is the same to the bit: what a layer returned is given out again. (`RecordedRun` resumes
+    too: many bypasses of one batch, always from the dense model.)
 
     Memory: one hidden state ``[batch, tokens, hidden_size]`` for each layer and batch, where the
     layers lie.
@@ -35,20 +36,23 @@ class Resumed:
     Example:
         >>> import torch
         >>> from lit_prune.plan import LayerPlan, PruningPlan
-        >>> layers = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
-        >>> runs = Resumed(layers, [torch.ones(1, 2)])
-        >>> for kept in ((0, 1), (0,)):  # the second draft differs in the last layer only
-        ...     plan = PruningPlan("", (LayerPlan(0, (0,), ()), LayerPlan(1, (0,), kept)))
-        ...     runs.of(plan, lambda batches: [layers[1](layers[0](x)) for x in batches])
-        ...     runs.resumed_at
-        [tensor([...
-        0
-        [tensor([...
-        1
+        >>> class Loud(torch.nn.Identity):
+        ...     def forward(self, hidden): print("computed"); return hidden
+        >>> layers = torch.nn.ModuleList([Loud(), Loud()])
+        >>> runs = Resumed(layers, [torch.ones(1)])
+        >>> run = lambda batches: [layers[1](layers[0](hidden)) for hidden in batches]
+        >>> first, last = LayerPlan(0, (0,), (0,)), LayerPlan(1, (0,), (0,))
+        >>> runs.of(PruningPlan("", (first, last)), run)
+        computed
+        computed
+        [tensor([1.])]
+        >>> last = LayerPlan(1, (0,), ())  # unlike it in the last layer only
+        >>> runs.of(PruningPlan("", (first, last)), run)
+        computed
+        [tensor([1.])]
     """
 
     def __init__(self, layers: nn.ModuleList, batches: Iterable[Any]) -> None:
-        self.resumed_at = 0
         self._layers, self._batches = layers, list(batches)
         self._last: tuple[LayerPlan, ...] = ()
         self._returned: list[list[Any]] = [[None] * len(layers) for _ in self._batches]
@@ -62,7 +66,6 @@ class Resumed:
         """
         same = [one == other for one, other in zip(plan.layers, self._last, strict=False)]
         first = same.index(False) if False in same else len(same)
-        self.resumed_at = first
         self._last = ()  # until all is done: after an error the text is half one draft's
         with ExitStack() as stack:
             for index, layer in enumerate(self._layers):

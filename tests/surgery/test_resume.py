@@ -69,7 +69,6 @@ def test_only_layers_from_the_first_change_on_are_computed():
         computed.clear()
         run(model, plan, lambda p: runs.of(p, lambda found: quality_of(model, found)))
         assert computed == [*range(from_layer, 4)] * len(batches)
-        assert runs.resumed_at == from_layer
 
 
 def test_after_an_error_nothing_half_done_is_used():
@@ -93,7 +92,6 @@ def test_after_an_error_nothing_half_done_is_used():
     assert run(model, first, lambda p: runs.of(p, good)) == run(
         model, first, lambda _p: quality_of(model, batches)
     )
-    assert runs.resumed_at == 0
 
 
 def test_layers_that_another_tool_patched_stay_patched():
