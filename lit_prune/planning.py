@@ -138,7 +138,9 @@ def make_plan(
             return known
         with quiet(model), masked(model, plan, compensation_of(plan), spec=spec):
             if side == "calibrate":
-                found = searched().of(plan, partial(quality_of, model)).mean_nll
+                place = f"a draft judged on {config.search_tokens} search_tokens (fewer take less)"
+                with out_of_memory_in(place, config.replay_batch_tokens):
+                    found = searched().of(plan, partial(quality_of, model)).mean_nll
             else:
                 batches = calibration.rows.batches(side, config.replay_batch_tokens)
                 found = quality_of(model, batches).mean_nll

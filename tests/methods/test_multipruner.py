@@ -1,14 +1,17 @@
 import pytest
+import torch
 
 from lit_prune import planning
 from lit_prune.calibration import Row, RowSet
 from lit_prune.config import PruningConfig
 from lit_prune.decoder import all_kept
+from lit_prune.errors import CalibrationError
 from lit_prune.measuring import calibrate
 from lit_prune.methods.multipruner import decide, score
 from lit_prune.planning import make_plan
 from tests.methods.cases import KV_HEADS, case_of, check_ratio, model_of, plan
 from tests.models import tiny_rows
+from tests.state import unchanged
 
 NAME = "multipruner"
 
@@ -133,3 +136,13 @@ def test_losses_are_those_of_whole_forwards(monkeypatch, compensation):
     assert len(whole.provenance["method"]["steps"]) > 3
     assert resumed.provenance["method"] == whole.provenance["method"]
     assert resumed == whole
+
+
+def test_f17_out_of_memory_says_that_fewer_search_tokens_take_less(monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    monkeypatch.setattr(planning, "quality_of", exhausted)
+    message = "out of memory in a draft judged on 16384 search_tokens .*3 GiB"
+    with unchanged(model_of(2)), pytest.raises(CalibrationError, match=message):
+        plan(NAME, 2, 0.3)
